@@ -414,3 +414,59 @@ def test_wrong_use(socket_path: str, channels: Channels, words: str, said: str) 
         assert said in done.stderr
     else:
         assert said in run(socket_path, name, *others, status=1)
+
+
+# -- a channel that is removed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("messages", ("tail", "x")),
+        ("messages", ("tail", "x", "-t", "60")),
+        ("messages", ("cat", "x")),
+        ("messages", ("hz", "x")),
+        ("messages", ("bw", "x")),
+        ("queue", ("cat", "x")),
+        ("value", ("tail", "x")),
+        ("value", ("cat", "x", "-n", "2")),
+    ],
+)
+def test_a_channel_that_is_removed_by_force(
+    socket_path: str, channels: Channels, kind: str, words: tuple[str, ...]
+) -> None:
+    """Who waits for it ends, and says so."""
+    found = getattr(channels, f"create_{kind}")("x", limit=8)
+    if kind == "value":
+        with found.writer() as writer:
+            writer.put(b"content")
+    with started(socket_path, *words) as process:
+        until(lambda: readers(channels))
+        channels.remove("x", force=True)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert errors == b"ivshmem: channel 'x' was removed\n"
+
+
+def test_a_full_channel_that_is_removed_by_force(socket_path: str, channels: Channels) -> None:
+    messages = channels.create_messages("x", limit=8, slots=1)
+    with messages.reader("block"):
+        with started(socket_path, "put", "x", "--lines", stdin=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"one\ntwo\n")
+            process.stdin.flush()
+            until(lambda: channels.list()[0].published)
+            channels.remove("x", force=True)
+            _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert errors == b"ivshmem: channel 'x' was removed\n"
+
+
+def test_a_call_whose_channel_is_removed_by_force(socket_path: str, channels: Channels) -> None:
+    calls = channels.create_calls("x", limit=8)
+    with calls.server(), started(socket_path, "call", "x", "question") as process:
+        until(lambda: channels.list()[0].unfinished)
+        channels.remove("x", force=True)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert errors == b"ivshmem: channel 'x' was removed\n"

@@ -39,7 +39,7 @@ ROOMS: dict[str, str] = {
     "guest": "text errors native _core system protocol memory peer server",
     "aio": "text errors native _core system memory peer guest",
     "testing": "text errors native _core system protocol memory peer server guest",
-    "forward": "text errors system memory channel service",
+    "forward": "text errors system memory peer channel service",
     "doctor": "text errors system memory qemu peer service guest",
     "migration": "text errors native system memory qemu server service",
     "bench": "text errors system memory peer server",

@@ -2847,6 +2847,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*check_there)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -3908,6 +3909,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, int __pyx_v_code); /* proto*/
@@ -4066,7 +4068,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[83];
+    PyObject *__pyx_string_tab[85];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4115,85 +4117,87 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_cannot_be_copied_or_pickled_ope __pyx_string_tab[1]
 #define __pyx_kp_u_is_closed __pyx_string_tab[2]
 #define __pyx_kp_u_of __pyx_string_tab[3]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[4]
-#define __pyx_kp_u_closed_2 __pyx_string_tab[5]
-#define __pyx_kp_u__4 __pyx_string_tab[6]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[7]
-#define __pyx_kp_u__3 __pyx_string_tab[8]
-#define __pyx_kp_u_ __pyx_string_tab[9]
-#define __pyx_kp_u_None __pyx_string_tab[10]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[11]
-#define __pyx_kp_u_a __pyx_string_tab[12]
-#define __pyx_kp_u_add_note __pyx_string_tab[13]
-#define __pyx_kp_u_disable __pyx_string_tab[14]
-#define __pyx_kp_u_enable __pyx_string_tab[15]
-#define __pyx_kp_u_gc __pyx_string_tab[16]
-#define __pyx_kp_u_isenabled __pyx_string_tab[17]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem_channel_ends_pyx __pyx_string_tab[19]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[20]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[21]
-#define __pyx_kp_u_this __pyx_string_tab[22]
-#define __pyx_n_u_ChannelEnd __pyx_string_tab[23]
-#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[24]
-#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[25]
-#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[26]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[27]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[28]
-#define __pyx_n_u_ClosedError __pyx_string_tab[29]
-#define __pyx_n_u_Wakeup __pyx_string_tab[30]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[31]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[32]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[33]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[34]
-#define __pyx_n_u_annotate __pyx_string_tab[35]
-#define __pyx_n_u_enter __pyx_string_tab[36]
-#define __pyx_n_u_exit __pyx_string_tab[37]
-#define __pyx_n_u_func __pyx_string_tab[38]
-#define __pyx_n_u_getstate __pyx_string_tab[39]
-#define __pyx_n_u_main __pyx_string_tab[40]
-#define __pyx_n_u_module __pyx_string_tab[41]
-#define __pyx_n_u_name __pyx_string_tab[42]
-#define __pyx_n_u_pyx_state __pyx_string_tab[43]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[44]
-#define __pyx_n_u_qualname __pyx_string_tab[45]
-#define __pyx_n_u_reduce __pyx_string_tab[46]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[47]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[48]
-#define __pyx_n_u_set_name __pyx_string_tab[49]
-#define __pyx_n_u_setstate __pyx_string_tab[50]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_test __pyx_string_tab[52]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[53]
-#define __pyx_n_u_add __pyx_string_tab[54]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[55]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[56]
-#define __pyx_n_u_close __pyx_string_tab[57]
-#define __pyx_n_u_closed __pyx_string_tab[58]
-#define __pyx_n_u_error __pyx_string_tab[59]
-#define __pyx_n_u_errors __pyx_string_tab[60]
-#define __pyx_n_u_fileno __pyx_string_tab[61]
-#define __pyx_n_u_id __pyx_string_tab[62]
-#define __pyx_n_u_items __pyx_string_tab[63]
-#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[64]
-#define __pyx_n_u_membership __pyx_string_tab[65]
-#define __pyx_n_u_pop __pyx_string_tab[66]
-#define __pyx_n_u_readonly __pyx_string_tab[67]
-#define __pyx_n_u_ref __pyx_string_tab[68]
-#define __pyx_n_u_self __pyx_string_tab[69]
-#define __pyx_n_u_setdefault __pyx_string_tab[70]
-#define __pyx_n_u_values __pyx_string_tab[71]
-#define __pyx_n_u_wakeup __pyx_string_tab[72]
-#define __pyx_n_u_weakref __pyx_string_tab[73]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[74]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[75]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[76]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[77]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[78]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[79]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[80]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[81]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[82]
+#define __pyx_kp_u_was_removed __pyx_string_tab[4]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
+#define __pyx_kp_u_closed_2 __pyx_string_tab[6]
+#define __pyx_kp_u__4 __pyx_string_tab[7]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[8]
+#define __pyx_kp_u__3 __pyx_string_tab[9]
+#define __pyx_kp_u_ __pyx_string_tab[10]
+#define __pyx_kp_u_None __pyx_string_tab[11]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[12]
+#define __pyx_kp_u_a __pyx_string_tab[13]
+#define __pyx_kp_u_add_note __pyx_string_tab[14]
+#define __pyx_kp_u_channel __pyx_string_tab[15]
+#define __pyx_kp_u_disable __pyx_string_tab[16]
+#define __pyx_kp_u_enable __pyx_string_tab[17]
+#define __pyx_kp_u_gc __pyx_string_tab[18]
+#define __pyx_kp_u_isenabled __pyx_string_tab[19]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem_channel_ends_pyx __pyx_string_tab[21]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[22]
+#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[23]
+#define __pyx_kp_u_this __pyx_string_tab[24]
+#define __pyx_n_u_ChannelEnd __pyx_string_tab[25]
+#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[26]
+#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[27]
+#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[28]
+#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[29]
+#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[30]
+#define __pyx_n_u_ClosedError __pyx_string_tab[31]
+#define __pyx_n_u_Wakeup __pyx_string_tab[32]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[33]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[34]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[35]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[36]
+#define __pyx_n_u_annotate __pyx_string_tab[37]
+#define __pyx_n_u_enter __pyx_string_tab[38]
+#define __pyx_n_u_exit __pyx_string_tab[39]
+#define __pyx_n_u_func __pyx_string_tab[40]
+#define __pyx_n_u_getstate __pyx_string_tab[41]
+#define __pyx_n_u_main __pyx_string_tab[42]
+#define __pyx_n_u_module __pyx_string_tab[43]
+#define __pyx_n_u_name __pyx_string_tab[44]
+#define __pyx_n_u_pyx_state __pyx_string_tab[45]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[46]
+#define __pyx_n_u_qualname __pyx_string_tab[47]
+#define __pyx_n_u_reduce __pyx_string_tab[48]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[49]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[50]
+#define __pyx_n_u_set_name __pyx_string_tab[51]
+#define __pyx_n_u_setstate __pyx_string_tab[52]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[53]
+#define __pyx_n_u_test __pyx_string_tab[54]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[55]
+#define __pyx_n_u_add __pyx_string_tab[56]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[57]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[58]
+#define __pyx_n_u_close __pyx_string_tab[59]
+#define __pyx_n_u_closed __pyx_string_tab[60]
+#define __pyx_n_u_error __pyx_string_tab[61]
+#define __pyx_n_u_errors __pyx_string_tab[62]
+#define __pyx_n_u_fileno __pyx_string_tab[63]
+#define __pyx_n_u_id __pyx_string_tab[64]
+#define __pyx_n_u_items __pyx_string_tab[65]
+#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[66]
+#define __pyx_n_u_membership __pyx_string_tab[67]
+#define __pyx_n_u_pop __pyx_string_tab[68]
+#define __pyx_n_u_readonly __pyx_string_tab[69]
+#define __pyx_n_u_ref __pyx_string_tab[70]
+#define __pyx_n_u_self __pyx_string_tab[71]
+#define __pyx_n_u_setdefault __pyx_string_tab[72]
+#define __pyx_n_u_values __pyx_string_tab[73]
+#define __pyx_n_u_wakeup __pyx_string_tab[74]
+#define __pyx_n_u_weakref __pyx_string_tab[75]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[76]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[77]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[78]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[79]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[80]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[81]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[82]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[83]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[84]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4234,7 +4238,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<83; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<85; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4282,7 +4286,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<83; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<85; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -7200,6 +7204,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
+  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7224,7 +7229,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
  *                 self.restore()
- *             return 0
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):
 */
         __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->usable(__pyx_v_self);
 
@@ -7235,24 +7240,69 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it
  *                 self.restore()             # <<<<<<<<<<<<<<
- *             return 0
- * 
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):
+ *                     self.membership.kick_all()
 */
           __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L4_error)
 
+
+          /* "ivshmem/channel/ends.pyx":198
+ *             if self.usable():  # else another thread has closed it
+ *                 self.restore()
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
+ *                     self.membership.kick_all()
+ *             return 0
+*/
+          __pyx_t_4 = (__pyx_v_self->awaited != 0);
+
+          if (__pyx_t_4) {
+
+          } else {
+
+            __pyx_t_2 = __pyx_t_4;
+
+            goto __pyx_L8_bool_binop_done;
+          }
+          __pyx_t_4 = (!(ivshmem_is_there((&__pyx_v_self->channel)) != 0));
+
+
+          __pyx_t_2 = __pyx_t_4;
+
+          __pyx_L8_bool_binop_done:;
+          if (__pyx_t_2) {
+
+
+            /* "ivshmem/channel/ends.pyx":199
+ *                 self.restore()
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):
+ *                     self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *             return 0
+ * 
+*/
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L4_error)
+
+
+            /* "ivshmem/channel/ends.pyx":198
+ *             if self.usable():  # else another thread has closed it
+ *                 self.restore()
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
+ *                     self.membership.kick_all()
+ *             return 0
+*/
+          }
 
           /* "ivshmem/channel/ends.pyx":196
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
  *                 self.restore()
- *             return 0
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":198
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()
+        /* "ivshmem/channel/ends.pyx":200
+ *                 if self.awaited and not ivshmem_is_there(&self.channel):
+ *                     self.membership.kick_all()
  *             return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int restore(self) except -1:
@@ -7306,7 +7356,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":200
+/* "ivshmem/channel/ends.pyx":202
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7317,7 +7367,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":202
+  /* "ivshmem/channel/ends.pyx":204
  *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7330,7 +7380,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":200
+  /* "ivshmem/channel/ends.pyx":202
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7344,7 +7394,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":204
+/* "ivshmem/channel/ends.pyx":206
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7355,12 +7405,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":206
+  /* "ivshmem/channel/ends.pyx":208
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     # Waiting.
+ *     cdef int check_there(self) except -1:
 */
   {
 
@@ -7368,7 +7418,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":204
+  /* "ivshmem/channel/ends.pyx":206
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7383,6 +7433,144 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
 }
 
 /* "ivshmem/channel/ends.pyx":210
+ *         return 0
+ * 
+ *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+ *         if not ivshmem_is_there(&self.sleeper().channel):
+*/
+
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[3];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_there", 0);
+
+  /* "ivshmem/channel/ends.pyx":212
+ *     cdef int check_there(self) except -1:
+ *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+ *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
+ *             raise ClosedError(f"channel {self.name!r} was removed")
+ *         return 0
+*/
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = (!(ivshmem_is_there((&((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1)->channel)) != 0));
+
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/ends.pyx":213
+ *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+ *         if not ivshmem_is_there(&self.sleeper().channel):
+ *             raise ClosedError(f"channel {self.name!r} was removed")             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 213, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 213, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_6[1] = __pyx_t_5;
+    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
+    __pyx_t_7 = 20;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    #endif
+    __pyx_t_8 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+    #endif
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 213, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_10 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_10 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 213, __pyx_L1_error)
+
+    /* "ivshmem/channel/ends.pyx":212
+ *     cdef int check_there(self) except -1:
+ *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+ *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
+ *             raise ClosedError(f"channel {self.name!r} was removed")
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/ends.pyx":214
+ *         if not ivshmem_is_there(&self.sleeper().channel):
+ *             raise ClosedError(f"channel {self.name!r} was removed")
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     # Waiting.
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/ends.pyx":210
+ *         return 0
+ * 
+ *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+ *         if not ivshmem_is_there(&self.sleeper().channel):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.check_there", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/ends.pyx":218
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -7430,7 +7618,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":215
+  /* "ivshmem/channel/ends.pyx":223
  *         cdef int64_t n
  *         cdef int64_t wish
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -7439,7 +7627,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/ends.pyx":218
+  /* "ivshmem/channel/ends.pyx":226
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -7449,19 +7637,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":219
+  /* "ivshmem/channel/ends.pyx":227
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":220
+  /* "ivshmem/channel/ends.pyx":228
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -7471,7 +7659,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":221
+  /* "ivshmem/channel/ends.pyx":229
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -7480,7 +7668,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/ends.pyx":222
+  /* "ivshmem/channel/ends.pyx":230
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
@@ -7489,7 +7677,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/ends.pyx":223
+  /* "ivshmem/channel/ends.pyx":231
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -7501,33 +7689,33 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = 0;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 223, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 231, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_wish = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":224
+  /* "ivshmem/channel/ends.pyx":232
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":225
+  /* "ivshmem/channel/ends.pyx":233
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 233, __pyx_L1_error)
   __pyx_v_code = __pyx_t_5;
 
-  /* "ivshmem/channel/ends.pyx":226
+  /* "ivshmem/channel/ends.pyx":234
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7539,7 +7727,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":227
+    /* "ivshmem/channel/ends.pyx":235
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -7552,7 +7740,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":226
+    /* "ivshmem/channel/ends.pyx":234
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7561,7 +7749,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":228
+  /* "ivshmem/channel/ends.pyx":236
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -7570,7 +7758,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/ends.pyx":229
+  /* "ivshmem/channel/ends.pyx":237
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7587,7 +7775,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 237, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_2 != 0);
 
 
@@ -7598,7 +7786,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":230
+    /* "ivshmem/channel/ends.pyx":238
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7609,7 +7797,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":231
+      /* "ivshmem/channel/ends.pyx":239
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -7622,7 +7810,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -7630,7 +7818,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/ends.pyx":230
+      /* "ivshmem/channel/ends.pyx":238
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7639,7 +7827,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":232
+    /* "ivshmem/channel/ends.pyx":240
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -7651,7 +7839,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":233
+    /* "ivshmem/channel/ends.pyx":241
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, wish)             # <<<<<<<<<<<<<<
@@ -7660,7 +7848,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_v_wish);
 
-    /* "ivshmem/channel/ends.pyx":235
+    /* "ivshmem/channel/ends.pyx":243
  *             spinner.begin(&turn, 0, wish)
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):             # <<<<<<<<<<<<<<
@@ -7682,7 +7870,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v__ = __pyx_t_11;
 
-      /* "ivshmem/channel/ends.pyx":236
+      /* "ivshmem/channel/ends.pyx":244
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -7694,17 +7882,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":237
+        /* "ivshmem/channel/ends.pyx":245
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):
  *                     code = self.attempt()             # <<<<<<<<<<<<<<
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 237, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 245, __pyx_L1_error)
         __pyx_v_code = __pyx_t_5;
 
-        /* "ivshmem/channel/ends.pyx":238
+        /* "ivshmem/channel/ends.pyx":246
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7716,7 +7904,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":239
+          /* "ivshmem/channel/ends.pyx":247
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)             # <<<<<<<<<<<<<<
@@ -7725,7 +7913,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->won(__pyx_v_spinner, 0, 1, 0);
 
-          /* "ivshmem/channel/ends.pyx":240
+          /* "ivshmem/channel/ends.pyx":248
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
  *                         return code             # <<<<<<<<<<<<<<
@@ -7738,7 +7926,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/channel/ends.pyx":238
+          /* "ivshmem/channel/ends.pyx":246
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7747,7 +7935,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":241
+        /* "ivshmem/channel/ends.pyx":249
  *                         spinner.won(0, 1, False)
  *                         return code
  *                     break             # <<<<<<<<<<<<<<
@@ -7756,7 +7944,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         goto __pyx_L9_break;
 
-        /* "ivshmem/channel/ends.pyx":236
+        /* "ivshmem/channel/ends.pyx":244
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -7769,7 +7957,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
 
 
-    /* "ivshmem/channel/ends.pyx":229
+    /* "ivshmem/channel/ends.pyx":237
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7778,7 +7966,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":242
+  /* "ivshmem/channel/ends.pyx":250
  *                         return code
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -7790,13 +7978,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = INT64_MAX;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 242, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 250, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_deadline = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":243
+  /* "ivshmem/channel/ends.pyx":251
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -7808,7 +7996,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":244
+    /* "ivshmem/channel/ends.pyx":252
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7817,20 +8005,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/ends.pyx":245
+      /* "ivshmem/channel/ends.pyx":253
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         while True:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 245, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 253, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_5;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":244
+      /* "ivshmem/channel/ends.pyx":252
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7839,7 +8027,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":246
+    /* "ivshmem/channel/ends.pyx":254
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -7852,7 +8040,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":243
+    /* "ivshmem/channel/ends.pyx":251
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -7861,7 +8049,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":247
+  /* "ivshmem/channel/ends.pyx":255
  *                 return self.arm()
  *             return code
  *         while True:             # <<<<<<<<<<<<<<
@@ -7870,7 +8058,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/channel/ends.pyx":248
+    /* "ivshmem/channel/ends.pyx":256
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -7882,7 +8070,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":249
+      /* "ivshmem/channel/ends.pyx":257
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -7908,7 +8096,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":250
+        /* "ivshmem/channel/ends.pyx":258
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7917,7 +8105,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/ends.pyx":249
+        /* "ivshmem/channel/ends.pyx":257
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -7927,7 +8115,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L17;
       }
 
-      /* "ivshmem/channel/ends.pyx":254
+      /* "ivshmem/channel/ends.pyx":262
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -7941,7 +8129,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/ends.pyx":255
+              /* "ivshmem/channel/ends.pyx":263
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7951,7 +8139,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/ends.pyx":254
+            /* "ivshmem/channel/ends.pyx":262
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -7970,27 +8158,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L17:;
 
-      /* "ivshmem/channel/ends.pyx":258
+      /* "ivshmem/channel/ends.pyx":266
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
+      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":259
+      /* "ivshmem/channel/ends.pyx":267
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":248
+      /* "ivshmem/channel/ends.pyx":256
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8000,7 +8188,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/channel/ends.pyx":261
+    /* "ivshmem/channel/ends.pyx":269
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8026,7 +8214,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":262
+        /* "ivshmem/channel/ends.pyx":270
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)             # <<<<<<<<<<<<<<
@@ -8035,23 +8223,23 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
         __Pyx_INCREF(__pyx_t_1);
-        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 262, __pyx_L1_error)
+        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 270, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_7));
         __pyx_t_7 = 0;
 
-        /* "ivshmem/channel/ends.pyx":263
+        /* "ivshmem/channel/ends.pyx":271
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()             # <<<<<<<<<<<<<<
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 263, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/ends.pyx":264
+        /* "ivshmem/channel/ends.pyx":272
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()             # <<<<<<<<<<<<<<
@@ -8068,7 +8256,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_t_7 = 0;
         __pyx_v_self->slept_by = __pyx_t_11;
 
-        /* "ivshmem/channel/ends.pyx":261
+        /* "ivshmem/channel/ends.pyx":269
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8078,7 +8266,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L25;
       }
 
-      /* "ivshmem/channel/ends.pyx":266
+      /* "ivshmem/channel/ends.pyx":274
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
  *                     wakeup = self.slept_on             # <<<<<<<<<<<<<<
@@ -8093,17 +8281,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L25:;
 
-      /* "ivshmem/channel/ends.pyx":267
+      /* "ivshmem/channel/ends.pyx":275
  *                 else:
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 267, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 275, __pyx_L1_error)
       __pyx_v_code = __pyx_t_5;
 
-      /* "ivshmem/channel/ends.pyx":268
+      /* "ivshmem/channel/ends.pyx":276
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -8112,7 +8300,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/ends.pyx":269
+      /* "ivshmem/channel/ends.pyx":277
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -8121,17 +8309,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":270
+        /* "ivshmem/channel/ends.pyx":278
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L31_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L31_error)
 
 
-        /* "ivshmem/channel/ends.pyx":271
+        /* "ivshmem/channel/ends.pyx":279
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8167,27 +8355,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":272
+          /* "ivshmem/channel/ends.pyx":280
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":273
+          /* "ivshmem/channel/ends.pyx":281
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.one_awake()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":271
+          /* "ivshmem/channel/ends.pyx":279
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8197,7 +8385,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/channel/ends.pyx":275
+      /* "ivshmem/channel/ends.pyx":283
  *                         self.enter()
  *                 finally:
  *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
@@ -8206,7 +8394,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*finally:*/ {
         /*normal exit:*/{
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L1_error)
 
           goto __pyx_L32;
         }
@@ -8227,7 +8415,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           __Pyx_XGOTREF(__pyx_t_19);
           __pyx_t_5 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
-            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L40_error)
+            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L40_error)
 
           }
           __Pyx_XGIVEREF(__pyx_t_17);
@@ -8255,7 +8443,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_L32:;
       }
 
-      /* "ivshmem/channel/ends.pyx":276
+      /* "ivshmem/channel/ends.pyx":284
  *                 finally:
  *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -8264,7 +8452,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/ends.pyx":277
+      /* "ivshmem/channel/ends.pyx":285
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8283,7 +8471,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":278
+        /* "ivshmem/channel/ends.pyx":286
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -8296,7 +8484,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/ends.pyx":277
+        /* "ivshmem/channel/ends.pyx":285
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8307,17 +8495,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     __pyx_L16:;
 
-    /* "ivshmem/channel/ends.pyx":279
+    /* "ivshmem/channel/ends.pyx":287
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
     __pyx_v_code = __pyx_t_12;
 
-    /* "ivshmem/channel/ends.pyx":280
+    /* "ivshmem/channel/ends.pyx":288
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8329,7 +8517,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":281
+      /* "ivshmem/channel/ends.pyx":289
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8340,16 +8528,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":282
+        /* "ivshmem/channel/ends.pyx":290
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
  *                 return code
- *             if deadline != INT64_MAX and now() >= deadline:
+ *             if wakeup is not None:
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-        /* "ivshmem/channel/ends.pyx":281
+        /* "ivshmem/channel/ends.pyx":289
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8358,12 +8546,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":283
+      /* "ivshmem/channel/ends.pyx":291
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
- *             if deadline != INT64_MAX and now() >= deadline:
- *                 return code
+ *             if wakeup is not None:
+ *                 self.check_there()  # what woke it was perhaps the beat
 */
       {
 
@@ -8371,7 +8559,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":280
+      /* "ivshmem/channel/ends.pyx":288
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8380,9 +8568,39 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":284
+    /* "ivshmem/channel/ends.pyx":292
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
+ *             if wakeup is not None:             # <<<<<<<<<<<<<<
+ *                 self.check_there()  # what woke it was perhaps the beat
+ *             if deadline != INT64_MAX and now() >= deadline:
+*/
+    __pyx_t_3 = (((PyObject *)__pyx_v_wakeup) != Py_None);
+    if (__pyx_t_3) {
+
+
+      /* "ivshmem/channel/ends.pyx":293
+ *                 return code
+ *             if wakeup is not None:
+ *                 self.check_there()  # what woke it was perhaps the beat             # <<<<<<<<<<<<<<
+ *             if deadline != INT64_MAX and now() >= deadline:
+ *                 return code
+*/
+      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/ends.pyx":292
+ *                     wakeup.pause = FIRST_PAUSE
+ *                 return code
+ *             if wakeup is not None:             # <<<<<<<<<<<<<<
+ *                 self.check_there()  # what woke it was perhaps the beat
+ *             if deadline != INT64_MAX and now() >= deadline:
+*/
+    }
+
+    /* "ivshmem/channel/ends.pyx":294
+ *             if wakeup is not None:
+ *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 return code
  * 
@@ -8395,19 +8613,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
       __pyx_t_3 = __pyx_t_6;
 
-      goto __pyx_L45_bool_binop_done;
+      goto __pyx_L46_bool_binop_done;
     }
     __pyx_t_6 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_deadline);
 
 
     __pyx_t_3 = __pyx_t_6;
 
-    __pyx_L45_bool_binop_done:;
+    __pyx_L46_bool_binop_done:;
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":285
- *                 return code
+      /* "ivshmem/channel/ends.pyx":295
+ *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
  * 
@@ -8419,9 +8637,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":284
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
+      /* "ivshmem/channel/ends.pyx":294
+ *             if wakeup is not None:
+ *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 return code
  * 
@@ -8429,7 +8647,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/channel/ends.pyx":210
+  /* "ivshmem/channel/ends.pyx":218
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -8463,7 +8681,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":287
+/* "ivshmem/channel/ends.pyx":297
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8480,37 +8698,47 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":290
+  /* "ivshmem/channel/ends.pyx":300
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
+ *         self.check_there()             # <<<<<<<<<<<<<<
+ *         self.wakeup.clear()
+ *         code = self.begin_sleep()
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/ends.pyx":301
+ *         cdef int code
+ *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":291
- *         cdef int code
+  /* "ivshmem/channel/ends.pyx":302
+ *         self.check_there()
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 302, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":292
+  /* "ivshmem/channel/ends.pyx":303
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":293
+  /* "ivshmem/channel/ends.pyx":304
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8522,7 +8750,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":294
+    /* "ivshmem/channel/ends.pyx":305
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8531,20 +8759,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/ends.pyx":295
+    /* "ivshmem/channel/ends.pyx":306
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 295, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 306, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":293
+    /* "ivshmem/channel/ends.pyx":304
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8553,7 +8781,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":296
+  /* "ivshmem/channel/ends.pyx":307
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -8566,7 +8794,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":287
+  /* "ivshmem/channel/ends.pyx":297
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8584,7 +8812,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":298
+/* "ivshmem/channel/ends.pyx":309
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8656,17 +8884,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":310
+        /* "ivshmem/channel/ends.pyx":321
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":311
+        /* "ivshmem/channel/ends.pyx":322
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8677,7 +8905,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":312
+          /* "ivshmem/channel/ends.pyx":323
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -8690,7 +8918,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -8698,7 +8926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":311
+          /* "ivshmem/channel/ends.pyx":322
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8707,7 +8935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":313
+        /* "ivshmem/channel/ends.pyx":324
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8719,7 +8947,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":314
+          /* "ivshmem/channel/ends.pyx":325
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -8728,7 +8956,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":315
+          /* "ivshmem/channel/ends.pyx":326
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
@@ -8737,7 +8965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/ends.pyx":316
+          /* "ivshmem/channel/ends.pyx":327
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -8746,41 +8974,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-          /* "ivshmem/channel/ends.pyx":317
+          /* "ivshmem/channel/ends.pyx":328
  *             self.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 317, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":318
+          /* "ivshmem/channel/ends.pyx":329
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 318, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 329, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":319
+            /* "ivshmem/channel/ends.pyx":330
  *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 319, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":318
+            /* "ivshmem/channel/ends.pyx":329
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -8789,7 +9017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":313
+          /* "ivshmem/channel/ends.pyx":324
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8798,14 +9026,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":320
+        /* "ivshmem/channel/ends.pyx":331
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 320, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -8820,7 +9048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":298
+      /* "ivshmem/channel/ends.pyx":309
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8859,7 +9087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":322
+/* "ivshmem/channel/ends.pyx":333
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8877,7 +9105,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":323
+  /* "ivshmem/channel/ends.pyx":334
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -8886,7 +9114,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8900,7 +9128,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":322
+  /* "ivshmem/channel/ends.pyx":333
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8920,7 +9148,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":327
+/* "ivshmem/channel/ends.pyx":338
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -8941,55 +9169,65 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":330
+  /* "ivshmem/channel/ends.pyx":341
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             self.enter()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":331
+  /* "ivshmem/channel/ends.pyx":342
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             self.enter()
- *             code = self.begin_sleep()
+ *             sleeper.check_there()
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 331, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 342, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":332
+        /* "ivshmem/channel/ends.pyx":343
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
+ *             sleeper.check_there()
+ *             code = self.begin_sleep()
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/ends.pyx":344
+ *         with cython.critical_section(sleeper):
+ *             self.enter()
+ *             sleeper.check_there()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":333
- *         with cython.critical_section(sleeper):
+        /* "ivshmem/channel/ends.pyx":345
  *             self.enter()
+ *             sleeper.check_there()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 333, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 345, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":334
- *             self.enter()
+        /* "ivshmem/channel/ends.pyx":346
+ *             sleeper.check_there()
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1             # <<<<<<<<<<<<<<
  *             sleeper.awaited += 1
@@ -8997,7 +9235,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-        /* "ivshmem/channel/ends.pyx":335
+        /* "ivshmem/channel/ends.pyx":347
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -9006,7 +9244,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-        /* "ivshmem/channel/ends.pyx":336
+        /* "ivshmem/channel/ends.pyx":348
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9015,27 +9253,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-        /* "ivshmem/channel/ends.pyx":337
+        /* "ivshmem/channel/ends.pyx":349
  *             sleeper.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":338
+        /* "ivshmem/channel/ends.pyx":350
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             return code != IVSHMEM_AGAIN
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":339
+        /* "ivshmem/channel/ends.pyx":351
  *             self.membership.hurry()
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9050,12 +9288,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":331
+      /* "ivshmem/channel/ends.pyx":342
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             self.enter()
- *             code = self.begin_sleep()
+ *             sleeper.check_there()
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -9072,7 +9310,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":327
+  /* "ivshmem/channel/ends.pyx":338
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9093,7 +9331,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":341
+/* "ivshmem/channel/ends.pyx":353
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9115,39 +9353,39 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* "ivshmem/channel/ends.pyx":346
+  /* "ivshmem/channel/ends.pyx":358
  *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":348
+  /* "ivshmem/channel/ends.pyx":360
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
- *             if self.membership.rings.count:
+ *             nothing = (
+ *                 sleeper.usable()
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 348, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 360, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":349
- *         cdef bint nothing
+        /* "ivshmem/channel/ends.pyx":362
  *         with cython.critical_section(sleeper):
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- *             if self.membership.rings.count:
- *                 self.membership.flush()
+ *             nothing = (
+ *                 sleeper.usable()             # <<<<<<<<<<<<<<
+ *                 and self.begin_sleep() == IVSHMEM_AGAIN
+ *                 and ivshmem_is_there(&sleeper.channel)
 */
         __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->usable(__pyx_v_sleeper);
 
@@ -9159,9 +9397,35 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 
           goto __pyx_L6_bool_binop_done;
         }
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 349, __pyx_L4_error)
+
+        /* "ivshmem/channel/ends.pyx":363
+ *             nothing = (
+ *                 sleeper.usable()
+ *                 and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ *                 and ivshmem_is_there(&sleeper.channel)
+ *             )
+*/
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 363, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
+
+        if (__pyx_t_3) {
+
+        } else {
+
+          __pyx_t_2 = __pyx_t_3;
+
+          goto __pyx_L6_bool_binop_done;
+        }
+
+        /* "ivshmem/channel/ends.pyx":364
+ *                 sleeper.usable()
+ *                 and self.begin_sleep() == IVSHMEM_AGAIN
+ *                 and ivshmem_is_there(&sleeper.channel)             # <<<<<<<<<<<<<<
+ *             )
+ *             if self.membership.rings.count:
+*/
+        __pyx_t_3 = (ivshmem_is_there((&__pyx_v_sleeper->channel)) != 0);
 
 
         __pyx_t_2 = __pyx_t_3;
@@ -9169,9 +9433,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         __pyx_L6_bool_binop_done:;
         __pyx_v_nothing = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":350
- *         with cython.critical_section(sleeper):
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+        /* "ivshmem/channel/ends.pyx":366
+ *                 and ivshmem_is_there(&sleeper.channel)
+ *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             return nothing
@@ -9181,26 +9445,26 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":351
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+          /* "ivshmem/channel/ends.pyx":367
+ *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             return nothing
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":350
- *         with cython.critical_section(sleeper):
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+          /* "ivshmem/channel/ends.pyx":366
+ *                 and ivshmem_is_there(&sleeper.channel)
+ *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             return nothing
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":352
+        /* "ivshmem/channel/ends.pyx":368
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             return nothing             # <<<<<<<<<<<<<<
@@ -9215,12 +9479,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":348
+      /* "ivshmem/channel/ends.pyx":360
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
- *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
- *             if self.membership.rings.count:
+ *             nothing = (
+ *                 sleeper.usable()
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -9237,7 +9501,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":341
+  /* "ivshmem/channel/ends.pyx":353
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9258,7 +9522,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":354
+/* "ivshmem/channel/ends.pyx":370
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9277,19 +9541,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":356
+  /* "ivshmem/channel/ends.pyx":372
  *     cdef int end_waiting(self) except -1:
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":357
+  /* "ivshmem/channel/ends.pyx":373
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9298,13 +9562,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 357, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 373, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":374
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9313,7 +9577,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":359
+        /* "ivshmem/channel/ends.pyx":375
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9322,17 +9586,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":360
+        /* "ivshmem/channel/ends.pyx":376
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":361
+        /* "ivshmem/channel/ends.pyx":377
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9347,7 +9611,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":357
+      /* "ivshmem/channel/ends.pyx":373
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9369,7 +9633,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":354
+  /* "ivshmem/channel/ends.pyx":370
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9389,7 +9653,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":363
+/* "ivshmem/channel/ends.pyx":379
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9462,7 +9726,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":366
+        /* "ivshmem/channel/ends.pyx":382
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9474,7 +9738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":367
+          /* "ivshmem/channel/ends.pyx":383
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9492,7 +9756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":366
+          /* "ivshmem/channel/ends.pyx":382
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9501,7 +9765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":368
+        /* "ivshmem/channel/ends.pyx":384
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9510,7 +9774,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":369
+        /* "ivshmem/channel/ends.pyx":385
  *             return
  *         self.open = False
  *         self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -9526,7 +9790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         __Pyx_GOTREF((PyObject *)__pyx_v_self->slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":370
+        /* "ivshmem/channel/ends.pyx":386
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9535,7 +9799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":371
+          /* "ivshmem/channel/ends.pyx":387
  *         self.wakeup = self.slept_on = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9544,7 +9808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":370
+          /* "ivshmem/channel/ends.pyx":386
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9553,7 +9817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":372
+        /* "ivshmem/channel/ends.pyx":388
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9579,27 +9843,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":373
+          /* "ivshmem/channel/ends.pyx":389
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":374
+          /* "ivshmem/channel/ends.pyx":390
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":372
+          /* "ivshmem/channel/ends.pyx":388
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9608,7 +9872,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":375
+        /* "ivshmem/channel/ends.pyx":391
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9620,17 +9884,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":376
+          /* "ivshmem/channel/ends.pyx":392
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":375
+          /* "ivshmem/channel/ends.pyx":391
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9639,7 +9903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":377
+        /* "ivshmem/channel/ends.pyx":393
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -9648,7 +9912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 377, __pyx_L4_error)
+          __PYX_ERR(0, 393, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -9656,15 +9920,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 377, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 393, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 393, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":363
+      /* "ivshmem/channel/ends.pyx":379
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9708,7 +9972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":379
+/* "ivshmem/channel/ends.pyx":395
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9739,7 +10003,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":380
+  /* "ivshmem/channel/ends.pyx":396
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9748,7 +10012,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":381
+    /* "ivshmem/channel/ends.pyx":397
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9762,12 +10026,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":380
+    /* "ivshmem/channel/ends.pyx":396
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9776,7 +10040,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":379
+  /* "ivshmem/channel/ends.pyx":395
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9795,7 +10059,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":383
+/* "ivshmem/channel/ends.pyx":399
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9819,7 +10083,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":385
+  /* "ivshmem/channel/ends.pyx":401
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9833,17 +10097,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":386
+        /* "ivshmem/channel/ends.pyx":402
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":387
+        /* "ivshmem/channel/ends.pyx":403
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9859,17 +10123,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":388
+            /* "ivshmem/channel/ends.pyx":404
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":387
+            /* "ivshmem/channel/ends.pyx":403
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9883,7 +10147,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":389
+          /* "ivshmem/channel/ends.pyx":405
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -9893,12 +10157,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 389, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 405, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":390
+            /* "ivshmem/channel/ends.pyx":406
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9907,7 +10171,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":391
+            /* "ivshmem/channel/ends.pyx":407
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -9919,11 +10183,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 391, __pyx_L8_except_error)
+            __PYX_ERR(0, 407, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":387
+          /* "ivshmem/channel/ends.pyx":403
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9939,7 +10203,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":392
+        /* "ivshmem/channel/ends.pyx":408
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -9948,7 +10212,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":393
+        /* "ivshmem/channel/ends.pyx":409
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -9963,7 +10227,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":385
+      /* "ivshmem/channel/ends.pyx":401
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9985,7 +10249,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":383
+  /* "ivshmem/channel/ends.pyx":399
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10007,7 +10271,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":395
+/* "ivshmem/channel/ends.pyx":411
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10027,7 +10291,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":396
+  /* "ivshmem/channel/ends.pyx":412
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10041,7 +10305,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":397
+        /* "ivshmem/channel/ends.pyx":413
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10050,7 +10314,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":398
+        /* "ivshmem/channel/ends.pyx":414
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10086,27 +10350,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":399
+          /* "ivshmem/channel/ends.pyx":415
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":400
+          /* "ivshmem/channel/ends.pyx":416
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":398
+          /* "ivshmem/channel/ends.pyx":414
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10115,7 +10379,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":401
+        /* "ivshmem/channel/ends.pyx":417
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10124,14 +10388,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":402
+        /* "ivshmem/channel/ends.pyx":418
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10139,7 +10403,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":396
+      /* "ivshmem/channel/ends.pyx":412
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10161,7 +10425,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":395
+  /* "ivshmem/channel/ends.pyx":411
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10180,7 +10444,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":404
+/* "ivshmem/channel/ends.pyx":420
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10207,7 +10471,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":406
+  /* "ivshmem/channel/ends.pyx":422
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10216,7 +10480,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":407
+  /* "ivshmem/channel/ends.pyx":423
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10232,7 +10496,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":408
+      /* "ivshmem/channel/ends.pyx":424
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10240,9 +10504,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 408, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 408, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10262,12 +10526,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 408, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 408, __pyx_L3_error)
+        __PYX_ERR(0, 424, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10275,48 +10539,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 408, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 424, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 408, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":409
+      /* "ivshmem/channel/ends.pyx":425
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":410
+      /* "ivshmem/channel/ends.pyx":426
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 410, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 410, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":411
+        /* "ivshmem/channel/ends.pyx":427
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":410
+        /* "ivshmem/channel/ends.pyx":426
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10325,7 +10589,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":407
+      /* "ivshmem/channel/ends.pyx":423
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10343,7 +10607,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":412
+    /* "ivshmem/channel/ends.pyx":428
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10353,12 +10617,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 412, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 428, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":413
+      /* "ivshmem/channel/ends.pyx":429
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10372,12 +10636,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 413, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 429, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":414
+      /* "ivshmem/channel/ends.pyx":430
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10389,11 +10653,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 414, __pyx_L5_except_error)
+      __PYX_ERR(0, 430, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":407
+    /* "ivshmem/channel/ends.pyx":423
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10409,7 +10673,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":415
+  /* "ivshmem/channel/ends.pyx":431
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10422,7 +10686,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":404
+  /* "ivshmem/channel/ends.pyx":420
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10445,7 +10709,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":417
+/* "ivshmem/channel/ends.pyx":433
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10501,7 +10765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":418
+  /* "ivshmem/channel/ends.pyx":434
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10519,7 +10783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":417
+  /* "ivshmem/channel/ends.pyx":433
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10534,7 +10798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":420
+/* "ivshmem/channel/ends.pyx":436
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10583,7 +10847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":421
+  /* "ivshmem/channel/ends.pyx":437
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10597,12 +10861,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 421, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":420
+  /* "ivshmem/channel/ends.pyx":436
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10624,7 +10888,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":423
+/* "ivshmem/channel/ends.pyx":439
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10664,7 +10928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":424
+  /* "ivshmem/channel/ends.pyx":440
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -10683,19 +10947,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":425
+  /* "ivshmem/channel/ends.pyx":441
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -10712,7 +10976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10728,7 +10992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":423
+  /* "ivshmem/channel/ends.pyx":439
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11472,6 +11736,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.sleeps_on = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.end_waiting = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe;
+  __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.check_there = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up;
@@ -12174,64 +12439,64 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 142, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":298
+  /* "ivshmem/channel/ends.pyx":309
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":363
+  /* "ivshmem/channel/ends.pyx":379
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 363, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":417
+  /* "ivshmem/channel/ends.pyx":433
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 417, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":420
+  /* "ivshmem/channel/ends.pyx":436
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12284,7 +12549,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 393, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12314,41 +12579,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
     const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{11},{126},{111}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (777 bytes) */
-static const char cstring[] = "x\332mSKo\0231\020n$\204\n\rO\365\300q*$\3123\250RT\036B\240\252\224\247TZ.\034-\307\2364\246\216\275\265\275iV\\z\314q\217{\334c\217\374\234\034\371\t\374\004\306\336$-\224HY\217\347\361\315|3c\020\334\030\033\240\207 l\246P\202u\220)q\250Q\276\004\233\241\001N\366\001:\260\006\341\230\004\004\025@y0\210\222\374I\022\332\372\030\331\207\373\301!B\337\361\203!\232\360\340\361\314\324y\245F~0\304aG\014(\037\352\316\3537\273\204\267k\003B\030\360\000\333E\030X\023\301$j\325C\307\003\352\002|pJ\004JNN\006\366v\366\236t\237w\251\"\t\016\277\243\010\036|\336\023\232{\217>\346\357\345J\007e \024\031\372\016|\354Ca\363T)\004\013\031\371\235\017 Z\006<\206(\300zj\004\017\312\032F\341\312\034\254\203T\216\222\250\021\306\350w\\{\354p\340R2\362D\251<\357iD\023\277\007B\371F\222s\252\350\234u~v{:#\376\024\215\364\235\254\030\033KL\373<\327\001\030s(s\201\214\201\314S*c\315\023b>R\\\223U(\243\002c\261H\212\316\2542\341\254\353a@\342v\003\276c\344\231\324a\214F\200\216\261\277u\343\210\365\227j\236\375\2342a\237\273\367\225Fc\267S\306\235\310\353\033?\304<k\276g\020\"M\221\261\205\236\232\353\251\247\027,\r\036c{\305\230\376oi\306l\027\307\341+\366\031\233\315\201\nZ0\230\227\315X?7\"\236\007s`\372\r\2712\351\2642\327Ic\3700\235\324g6s\213\342(\304\001E\303Q\316\365\334iN\377\002\213\205\002\307\361B\\\026\300\376\\\372\013\034iT\350c\265\3123a\235\315i#\221\266\206\373\302\010e;\013\235\027\232\276\214\252\017\216\013\354qq\230\032\337L6\355O\263DM\273\224T\001\207\376\337\247\0247\212\356\364f\374@e\231\315\034%\263F\027\016\373\0365\375\303l\323F\\\347\350\217\323\010\216\221\037\222\003\355\322f\227\005\270\277W|\351\305\027\005\017\037,I\002H\225\331\377\333=\275\016\262\235\264\246\227\256N\036\225\373\047[\323\345\366\344]\271\026\205\353\023U\036M\3337\313V\271Z\356\227XmD\355\215\311\321\311\326/:B\271Y\335:\331\372}y\351J{\322\245\353\306\264}-\206\177(\023\312\247RV\217k>]^!k\302Y\2516\353\333\365F\243\371Q=\254\267\353p\332=\r?7\242u\271j\315\235n\315]\326IL\272\027u""\302\374\\\346\325\333\272\025Q\352\367\247T\317\357;KW\256\305\202\233\210q\351\253\265\030q\265\272Gn\253\365~\243O\305E\234t\264\253\255E\246z\355,i;\222\352\022\304\335j\177zs\265\374\\\025\247\255i\242\372,\342\375\001a\377\014\327";
-    PyObject *data = __Pyx_DecompressString(cstring, 777, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (787 bytes) */
+static const char cstring[] = "x\332mSKo\0231\020n$\204\n\rO\365\300q*$\3123\250RT\036B\240\252\224\247TZ.\034-\307\2364\246\216\275\265\275iV\\z\314q\217{\334c\217\374\234\034\371\t\374\004\306\336$-\224HY\217\347\361\3157\017\203\340\306\330\000=\004a3\205\022\254\203L\211C\215\362%\330\014\rp\262\017\320\2015\010\307$ \250\000\312\203A\224\344O\222\320\326\307\310>\3001\367\340phG(\357\007\207\010}\307\017\206h\302\203\3073\267\316+5\362\203!\016;b@\271Qw^\277\331%\354]\033\020\302\200\007\330.\302\300\232\010,Q\253\036:\036P\027\340\203S\"\020\021r2\260\267\263\367\244\373\274K\354$%\374\216\"x\360yOh\356=\372\310\245\227+\035\224\201Pd\350;\360\261\017\205\315\023k\010\0262\362;\037@%\032\360\030\242\000\353\251)<(k\030\205+s\260\016R9J\242F\030\243\337q\355\261\303\201K\311\310\023g\245\220\223\347=\215h\342\367@(\337Hr^2:g\235\237\335\236\316\242\236\242\221\276\223\025cc\251\342>\317u\000\306\034\312\\ c \363\224\322X\363\204:0R\\\223U(\243\002c\221,EgV\231p6\2110 q\273\001\3371\362L\3520F\243@\307\330\337\272q\304\372K5\317~N\231\260\317\335\373J\243\261\333)\343N\254\353\033?\304<k\276g\020\"M\223\261\205\236\232\354\251\267\027,\r\036c{\305\230\376oi\326l\027\307\341+\366\031\233\315\203\010-*\230\323f\254\237\033\021\317\20390\375\206\\\231tZ\231\353\2441|\230N\3523\233\271Eq\024\342\200\242\341(\347z\3564/\377B\025\013\005\216\343\205jY\000\373s\351/\324H\243B\037\331*\317\204u6\247\315D\332\036\356\013#\224\355,t^h\3722b\037\034\027\330\343\34205\276\231l\332\237f\211\232v)\251\002\016\375\277O*n\024\335\351\355\370\201\3122\2339Jf\215.\034\366=j\372\207\331\246\215\270\316\321\037\247\021\034#?$\007\332\245\315.\013p\177\257\370\322\213/\013\036>X\222\004\220\230\331\377\333=\275\022\262\235\264\246\227\256N\036\225\373\047[\323\345\366\344]\271\026\205\353\023U\036M\3337\313V\271Z\356\227XmD\355\215\311\321\311\326/:B\271Y\335:\331\372}y\351J{\322\245\353\306\264}-\206\177(\023\312\247RV\217k>]^!k\302Y\2516\353\333\365F\243\371Q=\254\267\353p\332=\r?7\242u\271j\315\235n\315]\326IL""\272\027u\302\374\\\346\325\333\272\025Q\352\367\247\304\347\367\235\245+\327\"\341&b\\\372j-F\\\255\356\221\333j\275\337\350\023\271\210\223\216v\265\265\310T\257\235%m\307\242\272\004q\267\332\237\336\\-?W\305ik\232J}\026\361\376\000\265-\024M";
+    PyObject *data = __Pyx_DecompressString(cstring, 787, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1018 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\360v\0051\010\315BA\010file\327noC\343BE\324\001Wa\257keup\000\003.\270\006cf\301B__\017\006\332 st\310@\371_\013\014J\003__Pyx\372\001\000D\341@_Next\037Ref__\201D\214 \271\006\374\310\000\262\002__func\177____getS\003\336\n\000main\020\001mowdul2\002nam:\0022\345 _ \004\007\001vt\255A;\001\017qual\035\005\365%\265\016\217FSexo\001\246`_Q\005st\010\354\323\016\250@es\256@_is\377_corouti\373ne\263`asyncwio.\013\006scl\027\000\375_\273\000traceb\007ack\306\205\002\312\205\003\273b\277c\371#\177iditems\273\205\r\376\316amembers\177hippoprj\000\377onlyrefs\353el\001\000t\343dval\357uesw\266Bwea\371k\036\000\311`64_t \337(PyOb\316\205\001 *g)\000d\253\000\225\002of\013\022\373sp\356 of\200\001\330\377\004\n\210+\220Q\200A\177\330\010\014\210F\220!\005\001\377\016\210i\220q\330\014\020\377\220\001\220\024\220Q\220e\373\2301\033\001\017\210q\200A\377\340\010\017\210t\2206\230\377\021\200A\360\006\000\t\014{\2104\014\0001\330\014\r;\001\373H\220A\002J\220d\230,\237\240a\330\010\013\033\000C\002\013\277\2306\240\022\2401\014\003{\377\230*\240C\240t\2504\367\250t\2607\000\020\220\010\230\351\001i\001!\001\021\033\005\047\240\021\366\016\0039\240\225\002K\220u\230wD\240\001B\001\240G\250\215\000\237\360\030\000\t\r\255\001a\003x""\357\220s\230!\257\001\n\230&n$\000\024\240Qy\003t\220^\002\273\013\230e\002\014\230Aa\006\240\325!k\007\014\321\0014@\000#\230\377Q\330\020\024\220K\230y\027\250\001\330\346\0027L\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1018, 1379);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1032 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\311m:\002\345 _ \004\007\001vt<\255A;\001qual\035\005\365%L\265\016\217Fexo\001\256`_Q\005\261st\010\323\016\250@es\256@_\377is_corou\357tine\273`asy\337ncio.\013\006sc\365l\027\000_\273\000trac\037eback\332\205\002\336\205\003\273b\374\277c\371#iditem\371s\303\205\r\316amembe\377rshippop\375rj\000onlyre\257fsel\001\000t\343dv\277aluesw\266Bw\347eak\036\000\311`64_\177t (PyOb\326\205\001\237 *)\000d\253\000\225\002o\355f\013\022sp\356 of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360""\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230AVa\006\240!k\007\014\321\0014@\000\377#\230Q\330\020\024\220K_\230y\250\001\330\346\0027L\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1032, 1399);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1379 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250""\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1399 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020""\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 74; i++) {
+    for (int i = 0; i < 76; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 25) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12356,8 +12621,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 74; i < 83; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-74].length;
+    for (int i = 76; i < 85; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-76].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12367,14 +12632,14 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 83; i++) {
+    for (Py_ssize_t i = 0; i < 85; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 74;
+      PyObject **table = stringtab + 76;
       for (Py_ssize_t i=0; i<9; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12481,22 +12746,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 363};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 379};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 417};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 420};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 436};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -48,6 +48,7 @@ cdef class ChannelEnd(Dependent):
     cdef bint sleeps_on(self) except -1
     cdef int end_waiting(self) except -1
     cdef int64_t probe(self, void **what, Probe *probe) except -1
+    cdef int check_there(self) except -1
     cdef int wait(self, object timeout, object spin) except -2
     cdef int restore(self) except -1
     cdef int give_up(self) except -1

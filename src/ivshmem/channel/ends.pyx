@@ -28,7 +28,7 @@ from ..native.syscalls cimport (
 )
 from ..native.syscalls cimport EPOLLIN as _EPOLLIN
 from ..native.syscalls cimport POLLIN as _POLLIN
-from .header cimport IVSHMEM_AGAIN
+from .header cimport IVSHMEM_AGAIN, ivshmem_is_there
 from .membership cimport Dependent, Membership
 
 import weakref
@@ -195,6 +195,8 @@ cdef class ChannelEnd(Dependent):
         with cython.critical_section(self):
             if self.usable():  # else another thread has closed it
                 self.restore()
+                if self.awaited and not ivshmem_is_there(&self.channel):
+                    self.membership.kick_all()
             return 0
 
     cdef int restore(self) except -1:
@@ -203,6 +205,12 @@ cdef class ChannelEnd(Dependent):
 
     cdef int give_up(self) except -1:
         """Free the slot."""
+        return 0
+
+    cdef int check_there(self) except -1:
+        """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
+        if not ivshmem_is_there(&self.sleeper().channel):
+            raise ClosedError(f"channel {self.name!r} was removed")
         return 0
 
     # Waiting.
@@ -281,12 +289,15 @@ cdef class ChannelEnd(Dependent):
                 if wakeup is not None:
                     wakeup.pause = FIRST_PAUSE
                 return code
+            if wakeup is not None:
+                self.check_there()  # what woke it was perhaps the beat
             if deadline != INT64_MAX and now() >= deadline:
                 return code
 
     cdef int arm(self) except -2:
         """Sleep as one that watches the descriptor does; return what is there after all."""
         cdef int code
+        self.check_there()
         self.wakeup.clear()
         code = self.begin_sleep()
         self.membership.flush()
@@ -330,6 +341,7 @@ cdef class ChannelEnd(Dependent):
         cdef ChannelEnd sleeper = self.sleeper()
         with cython.critical_section(sleeper):
             self.enter()
+            sleeper.check_there()
             code = self.begin_sleep()
             sleeper.asleep += 1
             sleeper.awaited += 1
@@ -346,7 +358,11 @@ cdef class ChannelEnd(Dependent):
         cdef ChannelEnd sleeper = self.sleeper()
         cdef bint nothing
         with cython.critical_section(sleeper):
-            nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+            nothing = (
+                sleeper.usable()
+                and self.begin_sleep() == IVSHMEM_AGAIN
+                and ivshmem_is_there(&sleeper.channel)
+            )
             if self.membership.rings.count:
                 self.membership.flush()
             return nothing

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ChannelError, ChannelTypeError, RegionError
+from ..errors import ChannelError, ChannelTypeError, NoSuchChannel, RegionError
 from ..system.time_limits import deadline_of
 from ..text import plain
 from . import records, streams, types
@@ -57,6 +57,13 @@ class Channel:
         self.times: bool = facts["times"]
         self.type = plain(facts["type"])
         self._type = types.parse(facts["type"])
+
+    def _is_there(self) -> bool:
+        """Whether nobody has removed it, nor made another one of its name since."""
+        try:
+            return bool(records.find(self._membership, self.name)["state"] == self._facts["state"])
+        except NoSuchChannel:
+            return False
 
     def _open(self, kind: Callable[..., Any], *args: Any) -> Any:
         return kind(self._channels, self._membership, self._facts["index"], self.name, *args)

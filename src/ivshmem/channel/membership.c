@@ -4146,14 +4146,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, unsigned int __pyx_v_index); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_foreign_places(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, unsigned int __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8endpoint___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_5loops___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v___pyx_type, long __pyx_v___pyx_checksum, PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Dependent(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
@@ -4247,8 +4248,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[10];
-    PyObject *__pyx_string_tab[174];
+    PyObject *__pyx_codeobj_tab[11];
+    PyObject *__pyx_string_tab[178];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4298,175 +4299,179 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_at __pyx_string_tab[2]
 #define __pyx_kp_u_of_ivshmem_channel_h __pyx_string_tab[3]
 #define __pyx_kp_u_places_of_the_area_are_taken_iv __pyx_string_tab[4]
-#define __pyx_kp_u_x __pyx_string_tab[5]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[6]
-#define __pyx_kp_u__4 __pyx_string_tab[7]
-#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[8]
-#define __pyx_kp_u__3 __pyx_string_tab[9]
-#define __pyx_kp_u_is_impossible __pyx_string_tab[10]
-#define __pyx_kp_u__6 __pyx_string_tab[11]
-#define __pyx_kp_u__5 __pyx_string_tab[12]
-#define __pyx_kp_u_the_area_has __pyx_string_tab[13]
-#define __pyx_kp_u_ __pyx_string_tab[14]
-#define __pyx_kp_u_None __pyx_string_tab[15]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
-#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[17]
-#define __pyx_kp_u_a_word __pyx_string_tab[18]
-#define __pyx_kp_u_add_note __pyx_string_tab[19]
-#define __pyx_kp_u_all_2 __pyx_string_tab[20]
-#define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[21]
-#define __pyx_kp_u_at_work __pyx_string_tab[22]
-#define __pyx_kp_u_channel __pyx_string_tab[23]
-#define __pyx_kp_u_disable __pyx_string_tab[24]
-#define __pyx_kp_u_enable __pyx_string_tab[25]
-#define __pyx_kp_u_error __pyx_string_tab[26]
-#define __pyx_kp_u_gc __pyx_string_tab[27]
-#define __pyx_kp_u_isenabled __pyx_string_tab[28]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[29]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[30]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[31]
-#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[32]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[33]
-#define __pyx_kp_u_place __pyx_string_tab[34]
-#define __pyx_kp_u_the __pyx_string_tab[35]
-#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[36]
-#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[37]
-#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[38]
-#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[39]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[40]
-#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[41]
-#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[42]
-#define __pyx_kp_u_this_processor_may_refuse_a_comp __pyx_string_tab[43]
-#define __pyx_kp_u_which_belonged_to_place __pyx_string_tab[44]
-#define __pyx_kp_u_which_belongs_to_no_place __pyx_string_tab[45]
-#define __pyx_kp_u_which_belongs_to_place __pyx_string_tab[46]
-#define __pyx_n_u__2 __pyx_string_tab[47]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[48]
-#define __pyx_n_u_ChannelError __pyx_string_tab[49]
-#define __pyx_n_u_ClosedError __pyx_string_tab[50]
-#define __pyx_n_u_Dependent __pyx_string_tab[51]
-#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[52]
-#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[53]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[54]
-#define __pyx_n_u_Membership __pyx_string_tab[55]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[57]
-#define __pyx_n_u_Membership_close __pyx_string_tab[58]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[59]
-#define __pyx_n_u_Membership_places __pyx_string_tab[60]
-#define __pyx_n_u_Membership_run __pyx_string_tab[61]
-#define __pyx_n_u_NO_AREA __pyx_string_tab[62]
-#define __pyx_n_u_NoChannels __pyx_string_tab[63]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[64]
-#define __pyx_n_u_RegionError __pyx_string_tab[65]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[66]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[67]
-#define __pyx_n_u_annotate __pyx_string_tab[68]
-#define __pyx_n_u_dict __pyx_string_tab[69]
-#define __pyx_n_u_enter __pyx_string_tab[70]
-#define __pyx_n_u_exit __pyx_string_tab[71]
-#define __pyx_n_u_func __pyx_string_tab[72]
-#define __pyx_n_u_getstate __pyx_string_tab[73]
-#define __pyx_n_u_main __pyx_string_tab[74]
-#define __pyx_n_u_module __pyx_string_tab[75]
-#define __pyx_n_u_name_2 __pyx_string_tab[76]
-#define __pyx_n_u_new __pyx_string_tab[77]
-#define __pyx_n_u_pyx_checksum __pyx_string_tab[78]
-#define __pyx_n_u_pyx_result __pyx_string_tab[79]
-#define __pyx_n_u_pyx_state __pyx_string_tab[80]
-#define __pyx_n_u_pyx_type __pyx_string_tab[81]
-#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[82]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[83]
-#define __pyx_n_u_qualname __pyx_string_tab[84]
-#define __pyx_n_u_reduce __pyx_string_tab[85]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[86]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[87]
-#define __pyx_n_u_set_name __pyx_string_tab[88]
-#define __pyx_n_u_setstate __pyx_string_tab[89]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[90]
-#define __pyx_n_u_test __pyx_string_tab[91]
-#define __pyx_n_u_after_fork __pyx_string_tab[92]
-#define __pyx_n_u_dict_2 __pyx_string_tab[93]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[94]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[95]
-#define __pyx_n_u_after_in_child __pyx_string_tab[96]
-#define __pyx_n_u_all __pyx_string_tab[97]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[98]
-#define __pyx_n_u_at_2 __pyx_string_tab[99]
-#define __pyx_n_u_beat __pyx_string_tab[100]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[101]
-#define __pyx_n_u_close __pyx_string_tab[102]
-#define __pyx_n_u_closed __pyx_string_tab[103]
-#define __pyx_n_u_code __pyx_string_tab[104]
-#define __pyx_n_u_contextlib __pyx_string_tab[105]
-#define __pyx_n_u_count __pyx_string_tab[106]
-#define __pyx_n_u_current_id __pyx_string_tab[107]
-#define __pyx_n_u_decode __pyx_string_tab[108]
-#define __pyx_n_u_due __pyx_string_tab[109]
-#define __pyx_n_u_encode __pyx_string_tab[110]
-#define __pyx_n_u_end __pyx_string_tab[111]
-#define __pyx_n_u_endpoint __pyx_string_tab[112]
-#define __pyx_n_u_error_2 __pyx_string_tab[113]
-#define __pyx_n_u_errors __pyx_string_tab[114]
-#define __pyx_n_u_eventfds __pyx_string_tab[115]
-#define __pyx_n_u_found __pyx_string_tab[116]
-#define __pyx_n_u_free_place __pyx_string_tab[117]
-#define __pyx_n_u_get __pyx_string_tab[118]
-#define __pyx_n_u_getpid __pyx_string_tab[119]
-#define __pyx_n_u_i __pyx_string_tab[120]
-#define __pyx_n_u_identity __pyx_string_tab[121]
-#define __pyx_n_u_index __pyx_string_tab[122]
-#define __pyx_n_u_items __pyx_string_tab[123]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[124]
-#define __pyx_n_u_lease __pyx_string_tab[125]
-#define __pyx_n_u_left __pyx_string_tab[126]
-#define __pyx_n_u_limit __pyx_string_tab[127]
-#define __pyx_n_u_local __pyx_string_tab[128]
-#define __pyx_n_u_machine __pyx_string_tab[129]
-#define __pyx_n_u_mapping __pyx_string_tab[130]
-#define __pyx_n_u_memory __pyx_string_tab[131]
-#define __pyx_n_u_mute __pyx_string_tab[132]
-#define __pyx_n_u_name __pyx_string_tab[133]
-#define __pyx_n_u_next_beat __pyx_string_tab[134]
-#define __pyx_n_u_number __pyx_string_tab[135]
-#define __pyx_n_u_offset __pyx_string_tab[136]
-#define __pyx_n_u_one __pyx_string_tab[137]
-#define __pyx_n_u_os __pyx_string_tab[138]
-#define __pyx_n_u_peer __pyx_string_tab[139]
-#define __pyx_n_u_place_2 __pyx_string_tab[140]
-#define __pyx_n_u_places __pyx_string_tab[141]
-#define __pyx_n_u_plain __pyx_string_tab[142]
-#define __pyx_n_u_pop __pyx_string_tab[143]
-#define __pyx_n_u_randbits __pyx_string_tab[144]
-#define __pyx_n_u_region __pyx_string_tab[145]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[146]
-#define __pyx_n_u_replace __pyx_string_tab[147]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[148]
-#define __pyx_n_u_run __pyx_string_tab[149]
-#define __pyx_n_u_secrets __pyx_string_tab[150]
-#define __pyx_n_u_self __pyx_string_tab[151]
-#define __pyx_n_u_setdefault __pyx_string_tab[152]
-#define __pyx_n_u_signal __pyx_string_tab[153]
-#define __pyx_n_u_silent __pyx_string_tab[154]
-#define __pyx_n_u_state __pyx_string_tab[155]
-#define __pyx_n_u_suppress __pyx_string_tab[156]
-#define __pyx_n_u_text __pyx_string_tab[157]
-#define __pyx_n_u_threading __pyx_string_tab[158]
-#define __pyx_n_u_update __pyx_string_tab[159]
-#define __pyx_n_u_use_setstate __pyx_string_tab[160]
-#define __pyx_n_u_values __pyx_string_tab[161]
-#define __pyx_n_u_vector __pyx_string_tab[162]
-#define __pyx_n_u_weakref __pyx_string_tab[163]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[173]
+#define __pyx_kp_u_was_removed __pyx_string_tab[5]
+#define __pyx_kp_u_x __pyx_string_tab[6]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[7]
+#define __pyx_kp_u__4 __pyx_string_tab[8]
+#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[9]
+#define __pyx_kp_u__3 __pyx_string_tab[10]
+#define __pyx_kp_u_is_impossible __pyx_string_tab[11]
+#define __pyx_kp_u__6 __pyx_string_tab[12]
+#define __pyx_kp_u__5 __pyx_string_tab[13]
+#define __pyx_kp_u_the_area_has __pyx_string_tab[14]
+#define __pyx_kp_u_ __pyx_string_tab[15]
+#define __pyx_kp_u_None __pyx_string_tab[16]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[17]
+#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[18]
+#define __pyx_kp_u_a_word __pyx_string_tab[19]
+#define __pyx_kp_u_add_note __pyx_string_tab[20]
+#define __pyx_kp_u_all_2 __pyx_string_tab[21]
+#define __pyx_kp_u_another_process_freed_the_place __pyx_string_tab[22]
+#define __pyx_kp_u_at_work __pyx_string_tab[23]
+#define __pyx_kp_u_channel __pyx_string_tab[24]
+#define __pyx_kp_u_disable __pyx_string_tab[25]
+#define __pyx_kp_u_enable __pyx_string_tab[26]
+#define __pyx_kp_u_error __pyx_string_tab[27]
+#define __pyx_kp_u_gc __pyx_string_tab[28]
+#define __pyx_kp_u_isenabled __pyx_string_tab[29]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[30]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[31]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[32]
+#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[33]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[34]
+#define __pyx_kp_u_place __pyx_string_tab[35]
+#define __pyx_kp_u_the __pyx_string_tab[36]
+#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[37]
+#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[38]
+#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[39]
+#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[40]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[41]
+#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[42]
+#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[43]
+#define __pyx_kp_u_this_processor_may_refuse_a_comp __pyx_string_tab[44]
+#define __pyx_kp_u_which_belonged_to_place __pyx_string_tab[45]
+#define __pyx_kp_u_which_belongs_to_no_place __pyx_string_tab[46]
+#define __pyx_kp_u_which_belongs_to_place __pyx_string_tab[47]
+#define __pyx_n_u__2 __pyx_string_tab[48]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[49]
+#define __pyx_n_u_ChannelError __pyx_string_tab[50]
+#define __pyx_n_u_ClosedError __pyx_string_tab[51]
+#define __pyx_n_u_Dependent __pyx_string_tab[52]
+#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[53]
+#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[54]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[55]
+#define __pyx_n_u_Membership __pyx_string_tab[56]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[57]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[58]
+#define __pyx_n_u_Membership_close __pyx_string_tab[59]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[60]
+#define __pyx_n_u_Membership_has_foreign_places __pyx_string_tab[61]
+#define __pyx_n_u_Membership_places __pyx_string_tab[62]
+#define __pyx_n_u_Membership_run __pyx_string_tab[63]
+#define __pyx_n_u_NO_AREA __pyx_string_tab[64]
+#define __pyx_n_u_NoChannels __pyx_string_tab[65]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[66]
+#define __pyx_n_u_RegionError __pyx_string_tab[67]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[68]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[69]
+#define __pyx_n_u_annotate __pyx_string_tab[70]
+#define __pyx_n_u_dict __pyx_string_tab[71]
+#define __pyx_n_u_enter __pyx_string_tab[72]
+#define __pyx_n_u_exit __pyx_string_tab[73]
+#define __pyx_n_u_func __pyx_string_tab[74]
+#define __pyx_n_u_getstate __pyx_string_tab[75]
+#define __pyx_n_u_main __pyx_string_tab[76]
+#define __pyx_n_u_module __pyx_string_tab[77]
+#define __pyx_n_u_name_2 __pyx_string_tab[78]
+#define __pyx_n_u_new __pyx_string_tab[79]
+#define __pyx_n_u_pyx_checksum __pyx_string_tab[80]
+#define __pyx_n_u_pyx_result __pyx_string_tab[81]
+#define __pyx_n_u_pyx_state __pyx_string_tab[82]
+#define __pyx_n_u_pyx_type __pyx_string_tab[83]
+#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[84]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[85]
+#define __pyx_n_u_qualname __pyx_string_tab[86]
+#define __pyx_n_u_reduce __pyx_string_tab[87]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[88]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[89]
+#define __pyx_n_u_set_name __pyx_string_tab[90]
+#define __pyx_n_u_setstate __pyx_string_tab[91]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[92]
+#define __pyx_n_u_test __pyx_string_tab[93]
+#define __pyx_n_u_after_fork __pyx_string_tab[94]
+#define __pyx_n_u_dict_2 __pyx_string_tab[95]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[96]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[97]
+#define __pyx_n_u_after_in_child __pyx_string_tab[98]
+#define __pyx_n_u_all __pyx_string_tab[99]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[100]
+#define __pyx_n_u_at_2 __pyx_string_tab[101]
+#define __pyx_n_u_beat __pyx_string_tab[102]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[103]
+#define __pyx_n_u_close __pyx_string_tab[104]
+#define __pyx_n_u_closed __pyx_string_tab[105]
+#define __pyx_n_u_code __pyx_string_tab[106]
+#define __pyx_n_u_contextlib __pyx_string_tab[107]
+#define __pyx_n_u_count __pyx_string_tab[108]
+#define __pyx_n_u_current_id __pyx_string_tab[109]
+#define __pyx_n_u_decode __pyx_string_tab[110]
+#define __pyx_n_u_due __pyx_string_tab[111]
+#define __pyx_n_u_encode __pyx_string_tab[112]
+#define __pyx_n_u_end __pyx_string_tab[113]
+#define __pyx_n_u_endpoint __pyx_string_tab[114]
+#define __pyx_n_u_error_2 __pyx_string_tab[115]
+#define __pyx_n_u_errors __pyx_string_tab[116]
+#define __pyx_n_u_eventfds __pyx_string_tab[117]
+#define __pyx_n_u_found __pyx_string_tab[118]
+#define __pyx_n_u_free_place __pyx_string_tab[119]
+#define __pyx_n_u_get __pyx_string_tab[120]
+#define __pyx_n_u_getpid __pyx_string_tab[121]
+#define __pyx_n_u_has_foreign_places __pyx_string_tab[122]
+#define __pyx_n_u_i __pyx_string_tab[123]
+#define __pyx_n_u_identity __pyx_string_tab[124]
+#define __pyx_n_u_index __pyx_string_tab[125]
+#define __pyx_n_u_items __pyx_string_tab[126]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[127]
+#define __pyx_n_u_lease __pyx_string_tab[128]
+#define __pyx_n_u_left __pyx_string_tab[129]
+#define __pyx_n_u_limit __pyx_string_tab[130]
+#define __pyx_n_u_local __pyx_string_tab[131]
+#define __pyx_n_u_machine __pyx_string_tab[132]
+#define __pyx_n_u_mapping __pyx_string_tab[133]
+#define __pyx_n_u_memory __pyx_string_tab[134]
+#define __pyx_n_u_mute __pyx_string_tab[135]
+#define __pyx_n_u_name __pyx_string_tab[136]
+#define __pyx_n_u_next_beat __pyx_string_tab[137]
+#define __pyx_n_u_number __pyx_string_tab[138]
+#define __pyx_n_u_offset __pyx_string_tab[139]
+#define __pyx_n_u_one __pyx_string_tab[140]
+#define __pyx_n_u_os __pyx_string_tab[141]
+#define __pyx_n_u_peer __pyx_string_tab[142]
+#define __pyx_n_u_place_2 __pyx_string_tab[143]
+#define __pyx_n_u_places __pyx_string_tab[144]
+#define __pyx_n_u_plain __pyx_string_tab[145]
+#define __pyx_n_u_pop __pyx_string_tab[146]
+#define __pyx_n_u_randbits __pyx_string_tab[147]
+#define __pyx_n_u_region __pyx_string_tab[148]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[149]
+#define __pyx_n_u_replace __pyx_string_tab[150]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[151]
+#define __pyx_n_u_run __pyx_string_tab[152]
+#define __pyx_n_u_secrets __pyx_string_tab[153]
+#define __pyx_n_u_self __pyx_string_tab[154]
+#define __pyx_n_u_setdefault __pyx_string_tab[155]
+#define __pyx_n_u_signal __pyx_string_tab[156]
+#define __pyx_n_u_silent __pyx_string_tab[157]
+#define __pyx_n_u_state __pyx_string_tab[158]
+#define __pyx_n_u_suppress __pyx_string_tab[159]
+#define __pyx_n_u_text __pyx_string_tab[160]
+#define __pyx_n_u_threading __pyx_string_tab[161]
+#define __pyx_n_u_update __pyx_string_tab[162]
+#define __pyx_n_u_use_setstate __pyx_string_tab[163]
+#define __pyx_n_u_values __pyx_string_tab[164]
+#define __pyx_n_u_vector __pyx_string_tab[165]
+#define __pyx_n_u_weakref __pyx_string_tab[166]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[177]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4508,8 +4513,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<174; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<11; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<178; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4556,8 +4561,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<174; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<11; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<178; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -11506,7 +11511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
  *             ))
  *         return found             # <<<<<<<<<<<<<<
  * 
- *     cdef bint is_silent(self, ivshmem_place place):
+ *     def has_foreign_places(self):
 */
   {
     PyObject *__pyx_temp;
@@ -11559,6 +11564,296 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 /* "ivshmem/channel/membership.pyx":458
  *         return found
  * 
+ *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
+ *         """Return whether a process of another machine, a virtual one for instance, is at work."""
+ *         cdef ivshmem_memory *memory = &self.member.area.memory
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_7has_foreign_places(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_6has_foreign_places, "Return whether a process of another machine, a virtual one for instance, is at work.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places = {"has_foreign_places", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_6has_foreign_places};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_7has_foreign_places(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("has_foreign_places (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("has_foreign_places", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("has_foreign_places", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_foreign_places(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_foreign_places(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  struct ivshmem_memory *__pyx_v_memory;
+  uint64_t __pyx_v_number;
+  uint64_t __pyx_v_machine;
+  struct ivshmem_place __pyx_v_place;
+  unsigned int __pyx_v_i;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  uint32_t __pyx_t_2;
+  uint32_t __pyx_t_3;
+  unsigned int __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("has_foreign_places", 0);
+
+  /* "ivshmem/channel/membership.pyx":460
+ *     def has_foreign_places(self):
+ *         """Return whether a process of another machine, a virtual one for instance, is at work."""
+ *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
+ *         cdef uint64_t number, machine
+ *         cdef ivshmem_place place
+*/
+  __pyx_v_memory = (&__pyx_v_self->member.area.memory);
+
+  /* "ivshmem/channel/membership.pyx":464
+ *         cdef ivshmem_place place
+ *         cdef unsigned i
+ *         self.check()             # <<<<<<<<<<<<<<
+ *         for i in range(self.member.area.places):
+ *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":465
+ *         cdef unsigned i
+ *         self.check()
+ *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
+ *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
+ *             machine = ivshmem_load(
+*/
+
+  __pyx_t_2 = __pyx_v_self->member.area.places;
+  __pyx_t_3 = __pyx_t_2;
+
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v_i = __pyx_t_4;
+
+    /* "ivshmem/channel/membership.pyx":466
+ *         self.check()
+ *         for i in range(self.member.area.places):
+ *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))             # <<<<<<<<<<<<<<
+ *             machine = ivshmem_load(
+ *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
+*/
+    __pyx_v_number = ivshmem_load(__pyx_v_memory, ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i));
+
+    /* "ivshmem/channel/membership.pyx":467
+ *         for i in range(self.member.area.places):
+ *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
+ *             machine = ivshmem_load(             # <<<<<<<<<<<<<<
+ *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
+ *             )
+*/
+    __pyx_v_machine = ivshmem_load(__pyx_v_memory, (ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i) + IVSHMEM_PLACE_MACHINE));
+
+    /* "ivshmem/channel/membership.pyx":470
+ *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
+ *             )
+ *             place.index = i             # <<<<<<<<<<<<<<
+ *             place.epoch = ivshmem_epoch(number)
+ *             if (
+*/
+    __pyx_v_place.index = __pyx_v_i;
+
+    /* "ivshmem/channel/membership.pyx":471
+ *             )
+ *             place.index = i
+ *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
+ *             if (
+ *                 ivshmem_value(number) != 0
+*/
+    __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
+
+    /* "ivshmem/channel/membership.pyx":473
+ *             place.epoch = ivshmem_epoch(number)
+ *             if (
+ *                 ivshmem_value(number) != 0             # <<<<<<<<<<<<<<
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE
+ *                 and ivshmem_value(machine) != self.member.machine
+*/
+    __pyx_t_6 = (ivshmem_value(__pyx_v_number) != 0);
+
+    if (__pyx_t_6) {
+
+    } else {
+
+      __pyx_t_5 = __pyx_t_6;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    /* "ivshmem/channel/membership.pyx":474
+ *             if (
+ *                 ivshmem_value(number) != 0
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE             # <<<<<<<<<<<<<<
+ *                 and ivshmem_value(machine) != self.member.machine
+ *                 and not self.is_silent(place)
+*/
+    __pyx_t_6 = (ivshmem_flags(__pyx_v_number) == IVSHMEM_LIVE);
+
+    if (__pyx_t_6) {
+
+    } else {
+
+      __pyx_t_5 = __pyx_t_6;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    /* "ivshmem/channel/membership.pyx":475
+ *                 ivshmem_value(number) != 0
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE
+ *                 and ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
+ *                 and not self.is_silent(place)
+ *             ):
+*/
+    __pyx_t_6 = (ivshmem_value(__pyx_v_machine) != __pyx_v_self->member.machine);
+
+    if (__pyx_t_6) {
+
+    } else {
+
+      __pyx_t_5 = __pyx_t_6;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    /* "ivshmem/channel/membership.pyx":476
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE
+ *                 and ivshmem_value(machine) != self.member.machine
+ *                 and not self.is_silent(place)             # <<<<<<<<<<<<<<
+ *             ):
+ *                 return True
+*/
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L1_error)
+    __pyx_t_7 = (!__pyx_t_6);
+
+
+
+    __pyx_t_5 = __pyx_t_7;
+
+    __pyx_L6_bool_binop_done:;
+
+    /* "ivshmem/channel/membership.pyx":472
+ *             place.index = i
+ *             place.epoch = ivshmem_epoch(number)
+ *             if (             # <<<<<<<<<<<<<<
+ *                 ivshmem_value(number) != 0
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE
+*/
+    if (__pyx_t_5) {
+
+
+      /* "ivshmem/channel/membership.pyx":478
+ *                 and not self.is_silent(place)
+ *             ):
+ *                 return True             # <<<<<<<<<<<<<<
+ *         return False
+ * 
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __Pyx_INCREF(Py_True);
+          __pyx_r = Py_True;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/membership.pyx":472
+ *             place.index = i
+ *             place.epoch = ivshmem_epoch(number)
+ *             if (             # <<<<<<<<<<<<<<
+ *                 ivshmem_value(number) != 0
+ *                 and ivshmem_flags(number) == IVSHMEM_LIVE
+*/
+    }
+  }
+
+
+  /* "ivshmem/channel/membership.pyx":479
+ *             ):
+ *                 return True
+ *         return False             # <<<<<<<<<<<<<<
+ * 
+ *     cdef bint is_silent(self, ivshmem_place place):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(Py_False);
+      __pyx_r = Py_False;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":458
+ *         return found
+ * 
+ *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
+ *         """Return whether a process of another machine, a virtual one for instance, is at work."""
+ *         cdef ivshmem_memory *memory = &self.member.area.memory
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.has_foreign_places", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":481
+ *         return False
+ * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
@@ -11569,7 +11864,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":459
+  /* "ivshmem/channel/membership.pyx":482
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -11597,8 +11892,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":458
- *         return found
+  /* "ivshmem/channel/membership.pyx":481
+ *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
@@ -11611,7 +11906,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":461
+/* "ivshmem/channel/membership.pyx":484
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11620,16 +11915,16 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_7free_place(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_9free_place(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_6free_place, "Free a place at a user\047s word; whether it had an owner.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place = {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_6free_place};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_7free_place(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_8free_place, "Free a place at a user\047s word; whether it had an owner.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place = {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_8free_place};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_9free_place(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11659,32 +11954,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 461, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 484, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 461, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 461, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 484, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 461, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 484, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 461, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 461, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 461, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 484, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11695,7 +11990,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_place(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_index);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_place(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_index);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11706,7 +12001,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, unsigned int __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, unsigned int __pyx_v_index) {
   uint64_t __pyx_v_number;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -11726,17 +12021,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":464
+  /* "ivshmem/channel/membership.pyx":487
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 487, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":488
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11748,7 +12043,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":466
+    /* "ivshmem/channel/membership.pyx":489
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -11756,9 +12051,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 466, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 489, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 489, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -11770,7 +12065,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 466, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 489, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11780,14 +12075,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 466, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 466, __pyx_L1_error)
+    __PYX_ERR(0, 489, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":465
+    /* "ivshmem/channel/membership.pyx":488
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11796,7 +12091,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":467
+  /* "ivshmem/channel/membership.pyx":490
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11805,7 +12100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":491
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -11813,7 +12108,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 491, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11832,14 +12127,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 468, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 468, __pyx_L1_error)
+    __PYX_ERR(0, 491, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":467
+    /* "ivshmem/channel/membership.pyx":490
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11848,7 +12143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":469
+  /* "ivshmem/channel/membership.pyx":492
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11857,7 +12152,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":472
+  /* "ivshmem/channel/membership.pyx":495
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11875,7 +12170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":473
+  /* "ivshmem/channel/membership.pyx":496
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -11889,7 +12184,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":472
+  /* "ivshmem/channel/membership.pyx":495
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11899,7 +12194,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":498
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -11917,7 +12212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":495
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11926,7 +12221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":476
+  /* "ivshmem/channel/membership.pyx":499
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -11935,17 +12230,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":477
+  /* "ivshmem/channel/membership.pyx":500
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 500, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":478
+  /* "ivshmem/channel/membership.pyx":501
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -11963,7 +12258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":461
+  /* "ivshmem/channel/membership.pyx":484
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11987,7 +12282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":482
+/* "ivshmem/channel/membership.pyx":505
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11996,16 +12291,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_9close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_11close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_8close, "Close all ends, and leave the area. A forked child only forgets what it has.\n\n        Raises:\n            BufferError: a View of a message is alive. All else is closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_8close};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_9close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_10close, "Close all ends, and leave the area. A forked child only forgets what it has.\n\n        Raises:\n            BufferError: a View of a message is alive. All else is closed.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_10close};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_11close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12031,14 +12326,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   PyObject *__pyx_v_error = NULL;
   PyObject *__pyx_v_end = NULL;
   PyObject *__pyx_v_one = NULL;
@@ -12062,7 +12357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":488
+  /* "ivshmem/channel/membership.pyx":511
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12072,7 +12367,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":512
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12089,9 +12384,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12104,9 +12399,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12118,18 +12413,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":490
+    /* "ivshmem/channel/membership.pyx":513
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 513, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 490, __pyx_L1_error)
+      __PYX_ERR(0, 513, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12138,18 +12433,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 490, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 513, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 513, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":491
+      /* "ivshmem/channel/membership.pyx":514
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12165,7 +12460,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":492
+          /* "ivshmem/channel/membership.pyx":515
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12179,12 +12474,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 492, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 515, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":491
+          /* "ivshmem/channel/membership.pyx":514
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12200,7 +12495,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":493
+        /* "ivshmem/channel/membership.pyx":516
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12210,7 +12505,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 493, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 516, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12218,7 +12513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":494
+            /* "ivshmem/channel/membership.pyx":517
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12229,7 +12524,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":493
+          /* "ivshmem/channel/membership.pyx":516
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12250,7 +12545,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":491
+        /* "ivshmem/channel/membership.pyx":514
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12271,7 +12566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":490
+      /* "ivshmem/channel/membership.pyx":513
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12281,7 +12576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":489
+    /* "ivshmem/channel/membership.pyx":512
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12290,17 +12585,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":518
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 518, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":496
+  /* "ivshmem/channel/membership.pyx":519
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12311,7 +12606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":497
+    /* "ivshmem/channel/membership.pyx":520
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12319,9 +12614,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 497, __pyx_L1_error)
+    __PYX_ERR(0, 520, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":496
+    /* "ivshmem/channel/membership.pyx":519
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12330,7 +12625,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":505
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12357,7 +12652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":499
+/* "ivshmem/channel/membership.pyx":522
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12380,7 +12675,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":501
+  /* "ivshmem/channel/membership.pyx":524
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12392,7 +12687,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":502
+  /* "ivshmem/channel/membership.pyx":525
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12404,7 +12699,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":503
+    /* "ivshmem/channel/membership.pyx":526
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12417,7 +12712,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":502
+    /* "ivshmem/channel/membership.pyx":525
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12426,7 +12721,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":504
+  /* "ivshmem/channel/membership.pyx":527
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12438,17 +12733,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":505
+    /* "ivshmem/channel/membership.pyx":528
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 528, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":506
+    /* "ivshmem/channel/membership.pyx":529
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12462,12 +12757,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 506, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 529, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":504
+    /* "ivshmem/channel/membership.pyx":527
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12476,7 +12771,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":530
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12502,17 +12797,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":508
+    /* "ivshmem/channel/membership.pyx":531
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":507
+    /* "ivshmem/channel/membership.pyx":530
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12521,7 +12816,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":509
+  /* "ivshmem/channel/membership.pyx":532
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -12534,7 +12829,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":499
+  /* "ivshmem/channel/membership.pyx":522
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12555,7 +12850,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":511
+/* "ivshmem/channel/membership.pyx":534
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12575,7 +12870,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":514
+  /* "ivshmem/channel/membership.pyx":537
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -12587,7 +12882,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":515
+  /* "ivshmem/channel/membership.pyx":538
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12598,7 +12893,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":516
+    /* "ivshmem/channel/membership.pyx":539
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -12612,12 +12907,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 516, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":515
+    /* "ivshmem/channel/membership.pyx":538
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12626,7 +12921,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":517
+  /* "ivshmem/channel/membership.pyx":540
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -12638,7 +12933,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":518
+  /* "ivshmem/channel/membership.pyx":541
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -12650,21 +12945,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":542
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":520
+  /* "ivshmem/channel/membership.pyx":543
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12673,7 +12968,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":521
+    /* "ivshmem/channel/membership.pyx":544
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12682,7 +12977,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":522
+    /* "ivshmem/channel/membership.pyx":545
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -12691,7 +12986,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":523
+    /* "ivshmem/channel/membership.pyx":546
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12700,7 +12995,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":543
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12709,7 +13004,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":547
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12722,7 +13017,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":511
+  /* "ivshmem/channel/membership.pyx":534
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12742,7 +13037,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":526
+/* "ivshmem/channel/membership.pyx":549
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12754,7 +13049,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":550
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12776,7 +13071,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":528
+    /* "ivshmem/channel/membership.pyx":551
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -12785,7 +13080,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":527
+    /* "ivshmem/channel/membership.pyx":550
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12794,7 +13089,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":529
+  /* "ivshmem/channel/membership.pyx":552
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -12803,7 +13098,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":526
+  /* "ivshmem/channel/membership.pyx":549
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12815,7 +13110,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":531
+/* "ivshmem/channel/membership.pyx":554
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12824,21 +13119,21 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":555
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12847,7 +13142,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":556
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12856,7 +13151,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":534
+    /* "ivshmem/channel/membership.pyx":557
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12865,7 +13160,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":532
+    /* "ivshmem/channel/membership.pyx":555
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12874,7 +13169,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":558
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -12883,7 +13178,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":531
+  /* "ivshmem/channel/membership.pyx":554
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12895,7 +13190,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":537
+/* "ivshmem/channel/membership.pyx":560
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -12936,7 +13231,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/membership.pyx":539
+  /* "ivshmem/channel/membership.pyx":562
  *     cdef str whose(self, uint64_t owner):
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -12945,7 +13240,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/membership.pyx":540
+  /* "ivshmem/channel/membership.pyx":563
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -12957,7 +13252,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":541
+    /* "ivshmem/channel/membership.pyx":564
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"             # <<<<<<<<<<<<<<
@@ -12975,7 +13270,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":540
+    /* "ivshmem/channel/membership.pyx":563
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -12984,7 +13279,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":542
+  /* "ivshmem/channel/membership.pyx":565
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -12998,7 +13293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
@@ -13006,9 +13301,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __pyx_t_5 = 0;
     __pyx_t_6 = NULL;
   } else {
-    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 542, __pyx_L1_error)
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 565, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 542, __pyx_L1_error)
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 565, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
@@ -13017,7 +13312,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 542, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 565, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13027,7 +13322,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 542, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 565, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13038,13 +13333,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         #endif
         ++__pyx_t_5;
       }
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
     } else {
       __pyx_t_2 = __pyx_t_6(__pyx_t_3);
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 542, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 565, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13057,7 +13352,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 542, __pyx_L1_error)
+        __PYX_ERR(0, 565, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -13077,25 +13372,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_INCREF(__pyx_t_13);
       } else {
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 542, __pyx_L1_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_13);
       }
       #else
@@ -13103,7 +13398,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 542, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 565, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -13113,7 +13408,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
-      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 542, __pyx_L1_error)
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 565, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
@@ -13122,7 +13417,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 542, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 565, __pyx_L1_error)
       __pyx_t_15 = NULL;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       goto __pyx_L7_unpacking_done;
@@ -13130,7 +13425,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __pyx_t_15 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 542, __pyx_L1_error)
+      __PYX_ERR(0, 565, __pyx_L1_error)
       __pyx_L7_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
@@ -13148,16 +13443,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":543
+    /* "ivshmem/channel/membership.pyx":566
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 543, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 543, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (__pyx_t_16) {
 
@@ -13167,9 +13462,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 543, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 543, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
     __pyx_t_1 = __pyx_t_16;
@@ -13178,23 +13473,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":544
+      /* "ivshmem/channel/membership.pyx":567
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
  *         return f"which belonged to place {place.index}"
  * 
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 544, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 544, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 544, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 544, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 544, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
@@ -13213,7 +13508,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 544, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -13230,7 +13525,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":543
+      /* "ivshmem/channel/membership.pyx":566
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
@@ -13239,7 +13534,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":542
+    /* "ivshmem/channel/membership.pyx":565
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13249,16 +13544,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":568
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
-  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 568, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 545, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 568, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
@@ -13272,7 +13567,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   __pyx_t_11 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":537
+  /* "ivshmem/channel/membership.pyx":560
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13306,7 +13601,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":547
+/* "ivshmem/channel/membership.pyx":570
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -13328,38 +13623,39 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   int __pyx_t_8;
-  char const *__pyx_t_9;
+  int __pyx_t_9;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
+  size_t __pyx_t_12;
+  char const *__pyx_t_13;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16[10];
-  size_t __pyx_t_17;
-  PyObject *__pyx_t_18[4];
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18[10];
+  PyObject *__pyx_t_19[4];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":549
+  /* "ivshmem/channel/membership.pyx":572
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_CORRUPT and channel != NULL:
- *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
+ *             if not ivshmem_is_there(channel):
 */
   if (__pyx_v_name == Py_None) __pyx_t_2 = 0;
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13373,7 +13669,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 549, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -13386,14 +13682,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":550
+  /* "ivshmem/channel/membership.pyx":573
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
- *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
- *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
- *             whose = self.whose(channel.fault.owner)
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
+ *             if not ivshmem_is_there(channel):
+ *                 return ClosedError(f"channel {name!r} was removed")
 */
-  __pyx_t_8 = (__pyx_v_code == IVSHMEM_CORRUPT);
+  __pyx_t_8 = (__pyx_v_channel != NULL);
 
   if (__pyx_t_8) {
 
@@ -13403,17 +13699,142 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_8 = (__pyx_v_channel != NULL);
+  switch (__pyx_v_code) {
+    case IVSHMEM_CORRUPT:
+    case IVSHMEM_CLOSED:
+    __pyx_t_8 = 1;
+    break;
+    default:
+    __pyx_t_8 = 0;
+    break;
+  }
+  __pyx_t_9 = __pyx_t_8;
 
 
-  __pyx_t_2 = __pyx_t_8;
+
+  __pyx_t_2 = __pyx_t_9;
 
   __pyx_L4_bool_binop_done:;
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":574
  *         of = f"channel {name!r}: " if name else ""
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
+ *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
+ *                 return ClosedError(f"channel {name!r} was removed")
+ *         if code == IVSHMEM_CORRUPT and channel != NULL:
+*/
+    __pyx_t_2 = (!(ivshmem_is_there(__pyx_v_channel) != 0));
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/membership.pyx":575
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
+ *             if not ivshmem_is_there(channel):
+ *                 return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_CORRUPT and channel != NULL:
+ *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
+*/
+      __pyx_t_7 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 575, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 575, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+      __pyx_t_4[1] = __pyx_t_10;
+      __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
+      __pyx_t_5 = 20;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]);
+      #endif
+      __pyx_t_6 = 0;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
+      #endif
+      __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 575, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __pyx_t_12 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_3))) {
+        __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_3);
+        assert(__pyx_t_7);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+        __Pyx_INCREF(__pyx_t_7);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+        __pyx_t_12 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_11};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 575, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+      }
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_1;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_1 = 0;
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/membership.pyx":574
+ *         of = f"channel {name!r}: " if name else ""
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
+ *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
+ *                 return ClosedError(f"channel {name!r} was removed")
+ *         if code == IVSHMEM_CORRUPT and channel != NULL:
+*/
+    }
+
+    /* "ivshmem/channel/membership.pyx":573
+ *         """Return the exception for a result of the header."""
+ *         of = f"channel {name!r}: " if name else ""
+ *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
+ *             if not ivshmem_is_there(channel):
+ *                 return ClosedError(f"channel {name!r} was removed")
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":576
+ *             if not ivshmem_is_there(channel):
+ *                 return ClosedError(f"channel {name!r} was removed")
+ *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
+ *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
+ *             whose = self.whose(channel.fault.owner)
+*/
+  __pyx_t_9 = (__pyx_v_code == IVSHMEM_CORRUPT);
+
+  if (__pyx_t_9) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_9;
+
+    goto __pyx_L8_bool_binop_done;
+  }
+  __pyx_t_9 = (__pyx_v_channel != NULL);
+
+
+  __pyx_t_2 = __pyx_t_9;
+
+  __pyx_L8_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":577
+ *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
  *             whose = self.whose(channel.fault.owner)
@@ -13423,15 +13844,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 
     if (__pyx_t_2) {
 
-      __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 551, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_13 = __pyx_v_channel->fault.word;
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 551, __pyx_L1_error)
-      __Pyx_INCREF(__pyx_t_7);
-      __pyx_t_1 = __pyx_t_7;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 577, __pyx_L1_error)
+      __Pyx_INCREF(__pyx_t_3);
+      __pyx_t_1 = __pyx_t_3;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     } else {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_a_word);
       __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_a_word;
@@ -13440,72 +13861,72 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":578
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)             # <<<<<<<<<<<<<<
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_v_whose = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":553
+    /* "ivshmem/channel/membership.pyx":579
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
-    __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":554
+    /* "ivshmem/channel/membership.pyx":580
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
  *                 " has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 580, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 554, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 554, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 554, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 554, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":581
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
  *                 " has spoiled it"
  *             )
 */
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 555, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 555, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_16[0] = __pyx_t_10;
-    __pyx_t_16[1] = __pyx_mstate_global->__pyx_kp_u_the;
-    __pyx_t_16[2] = __pyx_t_11;
-    __pyx_t_16[3] = __pyx_mstate_global->__pyx_kp_u_at;
-    __pyx_t_16[4] = __pyx_t_13;
-    __pyx_t_16[5] = __pyx_mstate_global->__pyx_kp_u__3;
-    __pyx_t_16[6] = __pyx_t_12;
-    __pyx_t_16[7] = __pyx_mstate_global->__pyx_kp_u_is_impossible;
-    __pyx_t_16[8] = __pyx_t_15;
-    __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
+    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
+    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+    __pyx_t_18[0] = __pyx_t_7;
+    __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_the;
+    __pyx_t_18[2] = __pyx_t_10;
+    __pyx_t_18[3] = __pyx_mstate_global->__pyx_kp_u_at;
+    __pyx_t_18[4] = __pyx_t_15;
+    __pyx_t_18[5] = __pyx_mstate_global->__pyx_kp_u__3;
+    __pyx_t_18[6] = __pyx_t_14;
+    __pyx_t_18[7] = __pyx_mstate_global->__pyx_kp_u_is_impossible;
+    __pyx_t_18[8] = __pyx_t_17;
+    __pyx_t_18[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":554
+    /* "ivshmem/channel/membership.pyx":580
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
@@ -13515,44 +13936,44 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_5 = 86;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     for (Py_ssize_t i=0; i <= 8; i += 2) {
-      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_16[i]);
+      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_18[i]);
       __pyx_t_5 += l;
     }
     #endif
     __pyx_t_6 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     for (Py_ssize_t i=0; i <= 8; i += 2) {
-      int l = __Pyx_PyUnicode_KIND_04(__pyx_t_16[i]);
+      int l = __Pyx_PyUnicode_KIND_04(__pyx_t_18[i]);
       __pyx_t_6 |= l;
     }
     #endif
-    __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 554, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_18, 10, __pyx_t_5, __pyx_t_6);
+    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_17 = 1;
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_7);
+    if (unlikely(PyMethod_Check(__pyx_t_11))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_11);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_14};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 553, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_16};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13566,16 +13987,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":550
- *         """Return the exception for a result of the header."""
- *         of = f"channel {name!r}: " if name else ""
+    /* "ivshmem/channel/membership.pyx":576
+ *             if not ivshmem_is_there(channel):
+ *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":558
+  /* "ivshmem/channel/membership.pyx":584
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13587,37 +14008,37 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":585
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 559, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 559, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_17 = 1;
+    __pyx_t_11 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_14))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_14);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-      __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_16))) {
+      __pyx_t_11 = PyMethod_GET_SELF(__pyx_t_16);
+      assert(__pyx_t_11);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_16);
+      __Pyx_INCREF(__pyx_t_11);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_16, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_7};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_11, __pyx_t_3};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_16, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13631,7 +14052,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":584
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13640,7 +14061,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":560
+  /* "ivshmem/channel/membership.pyx":586
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13652,34 +14073,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":561
+    /* "ivshmem/channel/membership.pyx":587
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
 */
-    __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 561, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_17 = 1;
+    __pyx_t_16 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_7))) {
-      __pyx_t_14 = PyMethod_GET_SELF(__pyx_t_7);
-      assert(__pyx_t_14);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-      __Pyx_INCREF(__pyx_t_14);
+    if (unlikely(PyMethod_Check(__pyx_t_3))) {
+      __pyx_t_16 = PyMethod_GET_SELF(__pyx_t_3);
+      assert(__pyx_t_16);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+      __Pyx_INCREF(__pyx_t_16);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_the_region_s_channels_are_of_a_v};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 561, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_the_region_s_channels_are_of_a_v};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13693,7 +14114,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":586
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13702,7 +14123,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":588
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13714,57 +14135,57 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":589
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
  *                 " info` lists them"
 */
-    __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 563, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 589, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":590
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_3 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 564, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 590, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
-    __pyx_t_4[1] = __pyx_t_3;
+    __pyx_t_4[1] = __pyx_t_11;
     __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_places_of_the_area_are_taken_iv;
     __pyx_t_5 = 68;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]);
     #endif
     __pyx_t_6 = 0;
-    __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 564, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_17 = 1;
+    __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 590, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_14))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_14);
-      assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-      __Pyx_INCREF(__pyx_t_7);
+    if (unlikely(PyMethod_Check(__pyx_t_16))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_16);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_16);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_16, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_15};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_17};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_16, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+      __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13778,7 +14199,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":562
+    /* "ivshmem/channel/membership.pyx":588
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13787,7 +14208,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":567
+  /* "ivshmem/channel/membership.pyx":593
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13799,40 +14220,40 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":568
+    /* "ivshmem/channel/membership.pyx":594
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
 */
-    __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 568, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 568, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 568, __pyx_L1_error)
+    __pyx_t_16 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_17 = 1;
+    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_15))) {
-      __pyx_t_14 = PyMethod_GET_SELF(__pyx_t_15);
-      assert(__pyx_t_14);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_15);
-      __Pyx_INCREF(__pyx_t_14);
+    if (unlikely(PyMethod_Check(__pyx_t_17))) {
+      __pyx_t_16 = PyMethod_GET_SELF(__pyx_t_17);
+      assert(__pyx_t_16);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_17);
+      __Pyx_INCREF(__pyx_t_16);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_15, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_17, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_t_3};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 568, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_16, __pyx_t_11};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13846,7 +14267,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":567
+    /* "ivshmem/channel/membership.pyx":593
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13855,60 +14276,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":569
+  /* "ivshmem/channel/membership.pyx":595
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
  *             return ClosedError(
- *                 f"{of}another process removed the channel, or the place of this process"
+ *                 f"{of}another process freed the place of this process"
 */
   __pyx_t_2 = (__pyx_v_code == IVSHMEM_CLOSED);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":596
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
- *                 f"{of}another process removed the channel, or the place of this process"
+ *                 f"{of}another process freed the place of this process"
  *             )
 */
-    __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 570, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_17 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 596, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":597
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
- *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
+ *                 f"{of}another process freed the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 571, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 571, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_17 = 1;
+    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 597, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 597, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_15 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_15);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_15);
+    if (unlikely(PyMethod_Check(__pyx_t_11))) {
+      __pyx_t_17 = PyMethod_GET_SELF(__pyx_t_11);
+      assert(__pyx_t_17);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_11);
+      __Pyx_INCREF(__pyx_t_17);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_11, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_15, __pyx_t_7};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      PyObject *__pyx_callargs[2] = {__pyx_t_17, __pyx_t_3};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 596, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13922,17 +14343,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":569
+    /* "ivshmem/channel/membership.pyx":595
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
  *             return ClosedError(
- *                 f"{of}another process removed the channel, or the place of this process"
+ *                 f"{of}another process freed the place of this process"
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":573
- *                 f"{of}another process removed the channel, or the place of this process"
+  /* "ivshmem/channel/membership.pyx":599
+ *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
  *             return ChannelError(
@@ -13943,48 +14364,48 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":574
+    /* "ivshmem/channel/membership.pyx":600
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 574, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_11 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":575
+    /* "ivshmem/channel/membership.pyx":601
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 575, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 575, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_17 = 1;
+    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_16);
+    __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_7))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_7);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-      __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_3))) {
+      __pyx_t_11 = PyMethod_GET_SELF(__pyx_t_3);
+      assert(__pyx_t_11);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+      __Pyx_INCREF(__pyx_t_11);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-      __pyx_t_17 = 0;
+      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_14};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_11, __pyx_t_16};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13998,8 +14419,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":573
- *                 f"{of}another process removed the channel, or the place of this process"
+    /* "ivshmem/channel/membership.pyx":599
+ *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
  *             return ChannelError(
@@ -14007,54 +14428,54 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":578
+  /* "ivshmem/channel/membership.pyx":604
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
-  __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 578, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 578, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_15);
-  __pyx_t_18[0] = __pyx_t_3;
-  __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
-  __pyx_t_18[2] = __pyx_t_15;
-  __pyx_t_18[3] = __pyx_mstate_global->__pyx_kp_u_of_ivshmem_channel_h;
+  __pyx_t_3 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_16);
+  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_17);
+  __pyx_t_19[0] = __pyx_t_11;
+  __pyx_t_19[1] = __pyx_mstate_global->__pyx_kp_u_error;
+  __pyx_t_19[2] = __pyx_t_17;
+  __pyx_t_19[3] = __pyx_mstate_global->__pyx_kp_u_of_ivshmem_channel_h;
   __pyx_t_5 = 27;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_18[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_18[2]);
+  __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_19[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_19[2]);
   #endif
   __pyx_t_6 = 0;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
+  __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_19[0]);
   #endif
-  __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 578, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-  __pyx_t_17 = 1;
+  __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_19, 4, __pyx_t_5, __pyx_t_6);
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_14);
+  __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+  __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+  __pyx_t_12 = 1;
   #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_14))) {
-    __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_14);
-    assert(__pyx_t_7);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-    __Pyx_INCREF(__pyx_t_7);
+  if (unlikely(PyMethod_Check(__pyx_t_16))) {
+    __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_16);
+    assert(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_16);
+    __Pyx_INCREF(__pyx_t_3);
     __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-    __pyx_t_17 = 0;
+    __Pyx_DECREF_SET(__pyx_t_16, __pyx__function);
+    __pyx_t_12 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_12};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_14};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_16, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -14068,7 +14489,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":570
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -14083,10 +14504,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
   __Pyx_XDECREF(__pyx_t_14);
   __Pyx_XDECREF(__pyx_t_15);
+  __Pyx_XDECREF(__pyx_t_16);
+  __Pyx_XDECREF(__pyx_t_17);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -14321,16 +14742,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_5loops___g
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14356,14 +14777,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -14403,16 +14824,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -14478,7 +14899,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -14488,7 +14909,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -15065,7 +15486,7 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_Membership(PyObject 
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(o);
+    __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -15152,10 +15573,11 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10Membership_loops
 static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_Membership[] = {
   {"run", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_2run},
   {"places", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_4places},
-  {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_6free_place},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_8close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__},
+  {"has_foreign_places", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_6has_foreign_places},
+  {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_8free_place},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_10close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_14__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10Membership_16__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -16205,34 +16627,49 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 427, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":461
+  /* "ivshmem/channel/membership.pyx":458
+ *         return found
+ * 
+ *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
+ *         """Return whether a process of another machine, a virtual one for instance, is at work."""
+ *         cdef ivshmem_memory *memory = &self.member.area.memory
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":484
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 461, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":505
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 482, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -16240,7 +16677,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16254,7 +16691,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16269,7 +16706,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     cdef object __pyx_result
  *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 4, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 4, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16433,41 +16870,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{164},{286},{90}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{12},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{47},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{29},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{18},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{179},{276},{164},{286},{90}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2036 bytes) */
-static const char cstring[] = "x\332\215V\317s\023\311\025FY\203\005\230`\255\315\342\004\222\264\027/\330`{\243\340\002b\2406Z\354\005*\273^\004\256\332M*\251\2415\323\262:\032M\217\246{$\253*\251\370\350\343\034\3478\3079\352\250\243\216\034}\234\243\377\004\376\204|\335#\311b}\211\013fz\272\337\317\357{\357\265\310\252\037\010\233II\010U\204\210:\341\035\331h\261\226e7\250\3471w\263A|\227BB\237\251\006#4`T?\210\242M\346=%\357G\nd\244@\270W\027\357\211\313\245\222Z\241u\347pU\005\214\221z@\017Z\314Skkk\333D\212\026#c\327\252\001\3376\365H7\340\n\206\205q\004\233\"\350\221\006\225D\372\202\273\314!\\\255\223u\302%\341-_H\311k.#\253\233\333d\373,2-\376\315\236\360\330\236\320\246\264\345\027=\325\020\236Vs\230\313k,\240\212\271=\"U\300m\305\002-\344\2217\273o6\266\236l\021\3529$`\377b6\242\227a\315v\251\224y\362\265\220\273\212{D\365|&7\311\353:\351\211\220x\014q!b\037r\323\n\010\310#\222)\023\331= #\024U\\x\026\324\271wp\2178<\200\023\3361\371~G]\3116)\251\213\240\t{v\203\273\016i\321\036\021\036\"\265]!\031\351\352\\\2702\031\"\234\021\334\222\222\256\010\034\3528\026\\0\352\272HA\300i0\2017\000\220\035\035%\"\031i\255\023\021\230o\303mN-\360\031i\300\017l6\307\204:\\R \315<\363\014\002\250\036\330\\\346\337\316\210\376\315q\275\214\277\215\240\034\177)v\250F\353\257G\222_c\r2d\203\373\233~\357\320\023\240\247NCW\021\313\n\230\023\332\314\262\210\023\032|<\341m\200\256\016\247.Nm\356qeYy\354:\213\251\314\244\251M\203\230\243\267\003v\000\324\rh\360\020\010\321\322 O\244\267\201r\223iXk\275\263R\226,\000/\033\033\023\233\357^\377}\367\275\001\rb;\2069\324\346\246\215\212Slu,\366\\\213\255My\005\244\347\"\301^\213\372>\370\320q\300\200\203r0<\377_B\333:\215<s\33515\335Wl\332\301=\371)\024\340\226\222\016p\326vM?p\r\205\"MOt\001\014\013\3304\367P\317\255\323\226\200\313O\220\355\002D\343m]\303\240W9\007\253k#d(\332\241\233\243\027\020\343n\334\306\320`6\r\245\201Z\333\221hhOm\023\3413\357\027\374\035P\356M\207\004\333\272\025\002V\327\372\224\330\242\345#\263\rv\250u\016`\322\303\356A\310\244\272""\227\343f\300\312\307\225\303:\334f\353\350\036n7H;d\0203Mn\243U\244i\337\355\274\313\350\244aF\252\r!\363\261\244\047\035\322E\351p\225\333\2511\027\350\214:\337\3005\275/\363\222\315O\316\035\344\362/\362t_\210 \010}5\372\332\325=\363\302T\214Y\3560\240\343\000\247\311bs\322\033\266\231j\2265}\204y#1f\316\016_\347\005m\214\3750i\267\263\325ys\237\234\235\2637uj\n{\352\373\254\034\2466\363\253cj#\010\275\275\037\255\312\333\335\312\236\030%-\367\304k\017sX\343 \337\232\0326\361\376\304h\363\257\254\267\203!\215-\032\364,\353M\357\020\377\365\216\265\207\201\362\226\325-k4Z1,,\313\321\047\370c\332\236Y\034r\263Q\017=[\277\017\306\t\341\257\20523o\341\204\256\331\361h+\177\263\256~a(\341\026dvS\206\255\374+`\022\363)_\217\354\350\245\276\021\362U\350\371\334n\302\332\204\225|\277\243\364\254\324F\333!u\307~\306S\356\034\t\223\rv\250?@\303$69\225\3019z,K\241\t\360\242u\r\200\276MrL\034!\002\224\240\213;\242K\001\t\227\226-\002\021\342>c\271,\2600\267\016\272\202\312\236gs\2619\221\300\205P\303\240\263]\254\265\240\n\300j\215\332MS\003\371\204\263\205\303l\341\3519\217;\326\026\241\247\3540\0104\002\334\321G\0162\302\035\242\027\006\031\007w\272\241]\004\371U\301:\020\256;\262\016]\347\254\232@\031\376\371\334\341\\\343\311U\217C\035\274\262\226\374\345\335sv\243\270\214J\346\262:\202iq\345\nt{\213\"A\217\215\346C>\226Z\241b\032Y\017a[:G/\324\026D\275\016l\361#BH\0377\236\211#/e<\271\347\013?\300\010\251q%\363\231\253\237R\243H\225\001=\310\245\003\370\261\350\004u\324>\320\302\270\305\017\004W;\030\335w\222\037x\270\377\315@4|\312\320\367QjR\203\251\032\243\351\037\372\016\2160\001\047\264w\250\213a\3261wQ\027\315\202\001\tD\311jGp\207\334\307\357$O=\332\262\324\332\005\023\207\246\377\250\220\315\\\314f>\217\226\365\352\312\361\203\250\252\027\367\222vz)\245G\205\323\231?\304\355\023\362\307\376\325\301\323a\363\244\3726\233Y\210\376\034\277J*I5\233\231=\372w\3648^\316\212\017\322r\372\375\340\327C\232\315\\=.\037\025>\026/\\\271\245\017\346\243\202~\314F\355\370R""\354\246\313Z\247s\374S\264\033/\306\325\254\010\277Y\361f\324>\325\017}\326\316\212\327O\256\337OWR\232v\373\315\341\315\017\205\323OwJG\225\323\342\335\204&*}\334\377\252\337\376x\345\302\345k\307\337Ecgs\307\273\321\215\210F*~\234|\225\264\263\271\322Ii9)%\313\311V\322M\017\372\325l\356F\364\017l\254\"\232\271\353\307\377\211+\361\317\311\273\364W\351\235\364\237\203\345\301\223\341C\2441_\312\346\026\242gq;)\246\237\245\177J\241U\212~\203\214\314k\003\360\024\2629D\037=\212\027\342\227I9\233\373}L\343\303D\246_\236\254\377ex\t&\240\377<)$_$\301\311\332\323\301\303\001\325\2727\343\202\266=\177#\252f\363\267\343\235\344J\272\234>\353\267\263\371\337\305\325\270\236|\233\300\367R|%\331H\333\375K}{\2600\370\026\232\346\024\360\245O\372\017\373\265\001l,F/\343\262\366\014x\216\333G\225\217\227&0\\=~\024-D;\361l\034&\025\035\345}\223b\365\344\356\323Ay\2603\234\035\206\037*Zl\353\370\020\250C\340\001\254\323\254X\212n\203\224\271k\307\373\210\363b\374\267\223\273\217\372\264\337\036\314\014^\016\037\177X>\205\312\363\270\020/%\013\210\323N\027O6\276\031\264\307\362\263q7\241\247H\272\234\025o!\264J\274\237\2244\035&\246<\306\342\205\313_B\271\2429\233\203{\215}5v\022\300z-\217{).\305+1O\202\264\224\232T\266\001T\361\262\016r%r\200\377\274.\224\033_d\213\267\343J\266x\0234o\047\373\351\"\010Z\272\223\224\223\227\351\303\324\356\177\336/\353\263\320\230g\311\303\204\003\315Yd2;\350\014\337\016\333\331\322\n\n\370]z1\255\2464[\374m|\047~\227|\226\224s\203[\261J\236\367\013\375R\177\245\337\030\324\206\005-\376BS\233\356\364\361q\313H<I\313\331\355;\3113X.\364\027QVK\267\343\037\2617\277\020m\301\010l-\305W\021Q\345\314hY\313\274N\252\247\243\262\313S\007\225\257\342\n\320\231\273p\271\244+X\023\323\215lt\310~\262\230\374\234\356\303\374\376`i\210\222\324\235\2443\256\352\"\202\335\016\370\002\"\377E\325\030@\000\367\253\250\222C\251KM\227\350\377\000R\014V\n";
-    PyObject *data = __Pyx_DecompressString(cstring, 2036, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2130 bytes) */
+static const char cstring[] = "x\332\215V\317s\023\311\025FY\203\005\230`\255\r8\201d\333\013\213m\260\275Qp\0011P\033\255\355\0056Y/\002W\261I%5\264fZVG\243ii\272G\262\252\222\nG\037\3478\3079\316QG\035u\344\250\343\034\375\047\354\237\220\257{$Y\340\034\326\0053=\375~\364{\337\373\336k\221\325\246/l&%!T\021\"\252\204\267e\255\301\032\226]\243\236\307\334\315\032i\272\024\032Z\246j\214P\237Q\375 \212\326\231\367\204\274\033\031\220\221\001\341^U\274#.\227Jj\203\006\351PI|\326\020m\346\334>ZU>c\244\352\323\303\006\363\324\332\332\3326\221\242\301\3108\014UC\0346\365H\307\347\n\207\010s(\374\013\277Kj\360$\233\202\273\314!\\\255\223u\302%\341\215\246\220\222W\\FV7\267\311\366i\224Z\375\233}\341\261}\241]i\317;]U\023\2366s\230\313+\314\247\212\271]\"\225\317m\305|\255\344\221W{\2576\266\036o\021\3529\010\374_\314F&2\250\330.\2252\003\242\022pWq\217\250n\223\311M\362\262J\272\" \036C\\\210\270\t\275i\003\004\344\021\311\224\211l\005(\tE\025\027\236\005s\356\035\256\020\207\3738\204\267M\276\337QW\262MJ\252\302\257\303\237]\343\256C\032\264K\204\207HmWHF::\027\256L\206\010g\004\275\244\244#|\207:\216\205#\030u]\244 p\250?\201\267\352\233\030\021\207\251jVT\2401\222\303+<\324\307\245t\270\244\300\225y\346\351\373\302\047\2076\227\331\2673*\374\346\230)\343o\243(\307_\212\035\251\321\372\353\221\346\327X\003zY\343\315\315f\367\310\023(F\225\006\256\"\226\3453\047\260\231e\021\0470hx\302\333@q\332\234\272\220\332\334\343\312\262\262\330u\026\372\3778{\303J\203\217\243\267}v\010\214\rD8\301\027\242\241!\235ho\003\323:\323 V\272\247$\226\314G\02566&>\337\274\374\373\336\273u\002C\250\355\232:\201\211\2336\370\245\330\352X\355\231V[\233:\025\220\236\211\004{\r\332l\002\177\035\007\0348(\276\251\352/R\332\326id\231\353\376\250\260\254\230\247\266+\362c(P[J\332\300Y\3735\354\347\032\nE\352\236\350\000\030\346\263\351\332\303<\363N\033\002G~\204\254nas\332\272\206A\257\262\032\254\256\215\220\241 \177\047C\317\047\346\270q\323\302\202\3314\220\006j\355G\242}=\265MD\223y\237\324\357\220ro:$\370\326\304\367YU""\333Sb\213F\023\231m\260#ms\010\227\036v\017\003&\325J\206\233\001+\033T\016ks\233\255\243W\270]#\255\200A\315\264\264\215\306\220\246Y\267\263\236\242\223\366\030\231\326\204\314\206\220\236qH\027\324\341*\363Sa.\320\031\365\271\201kz_f\224\315$g\004\231\376N\226\356\216\360\375\240\251F_{\272gv\014c\314r\227\001\035\0078M\026\233\223\336\260\315\014\263\254i\021\246\213\304P9\025\276\314\010m\234\3750i\267\323\325Yw\037\311\316\370\233\222\032bO}\237\322aj\023mg\201\301\214\037z\231LN\t\317l\370\201\267\377\243Uz\275W\332\027#D\344\276x\351a$k\220\344kCp\223\314[F\353\177a\335]\314klQ\277kY\257\272G\370\257w\254}L\233\327\254jY\243)\213IbY\216\226\340\217i\177fq\304\315F5\360l\375>\034g\213\277\0068h\336\302\t\\\263\343\321F\366f\035\375\302\304\302\345\310\354\272\014\032\331\227\317$\206W\266\036\371\321K}9d\253\300kr\273\016o\223\222e\373m\245\007\251v\332\n\250;>g<\002\317Th\262\301\216\364\007j4\211MNep\246v\226\245\320!x\321\252\006@_,\031&\216\020>\370\351\342\272\350P@\302\245e\013_\004\270\332X\246\013,\314\005\204\226\241\262\353\331\\lN4p[T0\005m\027k\255\250|T\265B\355\272!H6\376l\3410[x\372\022\300uk\213\300Sv\340\373\032\001\356h\221\203\214p\301\350\205A\306\301\365n\312\016\356\230{\204\265\241\\ud\025\266\316)\325P2\374kr\347,\3218\327\010s\325\345p\210J\263\206\374\364\252:\275\200\\F%sY\025\3415\270r\005\206C\203\"e\217\215\306I6\305\032\201b\032k\017\211X:k/\320\036D\265\n\264\361\013C\310&.Hs~\026\004\236\334k\212\246\217\211S\341Jf#Z?\245\306\225*S\006?\323\366q\216E\047u@7\000?Lg\374zp\365\001\243\353Q\"G\37480\363\323TX\006\315&\310\0475\274\2526\272,\202\246\003\021\006\346\204\010m\352b\366\265\315\325\325A\373`\236\002c\262\332\026\334!\367\360#\312S\017\267,\265v\316\304\241\t\361>\227\316\234Og>\017\227\365\352\322\361\375\260\254\027+q+\271\220\320\367\271\223\231/\242\326\220\374\241w\271\377dP\037\226_\2473\013\341\237\242\027q).\2473\263\357\377\035>\212\226\323\374\375\244\230\374\265\377\353\001Mg.\037\027\337\347~\316\237\273tS""\013\346\303\234~\314\206\255\350B\344&\313\332\246}\3746\334\213\026\243r\232\307\271i\376F\330:\321\017-k\245\371\253\303\253\367\222;\tM:\275\372\340\306\207\334\311\307;\205\367\245\223\374\335\230\306*y\324\373\252\327\302Q\027\257\034\177\247\035\315\035\357\205\327B\032\252\350Q\374U\334J\347\256\205\377\210\013\361\352\360\336v\177\271_\354\357\016f\007\235\0174\235\273\036\272\361r:\2774\\ZMrI\001\276\017{o\373;}\177P8\231+\204\277A\344\346\265\001\030r\351\334\225t\376wQ9\252\305vRH\347\027\303\037\264\323\344vR\036\177\254%\017\022\247\267\3227\322\335h&\372\036\361\265N\346uR\371\253\307\255OC\2764\t\331\340s&\356\302\260\260\014\267\313\361V\334Ah\345I&\000p\356\352\361\177\242R\364S\374&\371\025b\370\0472{<x\000\344\347\013\351\334B\3704j\305\371\344\263\344\217\210\356\377\244\002\300\303\207\321B\364<.\246s\277\217ht\024\313\344\313\341\372\237\007\027\340\002\366\317\342\\|=\366\207kO\372\017\372T\333\336\210r\332\367\374\265\020\371\336\212v\343K\311r\362\264\327\312@\251\306\337\3068{)\272\024o$\255\336\205\236\335_\350\177\013K#E\305\223\307\275\007\275J?\247\241y\036\025\365\311\047\031&?_\230\300p\371\370a\270\000\344f\243 .\351(\357\231\024\313\303\273OFu\013>\224\264\332\326\361\0210\205\302}x\247i\276\020\336\002\217\346\256\034\037 \316\363\321\337\206w\037\366h\257\325\237\351?\037<\372\260|\002\223gQ.Z\212\027\020\247\235,\0167\276\351\267\306\372\263Q\047\246\047H\272\230\346o\"\264Rt\020\027t9LLY\214`\327\2270.\351\232\315\341x\215}9r@\037\320\302\304\275\024\025\242;\021\217}\020\311\244\262\r\240\362\027u\220wB\007\370\033\032\\\273\236.\336\212J\351\342\r\224y;>H\026Q\240\245\333q1~\016\362\330\275\317{E-\013\214{\026?\2109\320\234E&\263\375\366\340\365\240\225.\335A\317\275I\316\047\345\204\246\213\277\215nGo\342\317\342b\346p+R\361\263^\256W\350\335\351\325\372\225AN\253\357\350\322&\273=|\3344\032\217\223bz\353v\374\024\236s\275E\320j\351V\364#\366\346\027\302-8\201\257\245\3502\"*\235:-j\235\227q\371dD\273,u\224\362ET\002:s\347.""\0264\203ua:\241\215\246>\210\027\343\237\222\003\270?\350/\r@I\335\374:\343\262&\021\374\266Q/ \362_\260\306\000\002\270_\204\245\014JM5M\321\377\001\270F\257\023";
+    PyObject *data = __Pyx_DecompressString(cstring, 2130, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2705 bytes) */
-static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)))\177: some s\005\373thy\000can w\177rite to4\001\375 \202\000ory ha\377s spoile\377d it, , \377is impos\377sible (.\317: : \221\006+\001?N\237oneNoG\001V\001C\337ython3\001de\377liberate\377ly stric\347ter\242\000x\000PEP\377-484 and\277 rejec\273\000s\377ubclasse\375s\225!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\250 n set\306\002\047\376\310 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\245@\231Dsa \377wordadd_]n\357\000all\300\000o\246@}r\326&remov\242\001\\\273@\317D, o\364\001e\326C\240\325C\324 \205d\207`Q\000k\311Ed\267isa\347 en\001\002r\275r8\000gcis\n\003dR\251d.\250e\010\005e%\001s\026\005\257text\323d/\323d/\374\343`\212@ship.p\377yxno def\377ault __r\377educe__ {du\213bnon-\254@\357vial\033\000cinOit__\223\204\002\246bt\320\007\351s\227\204\002\255\"d\253\204\001regx\363 \301b_\000room\341!\266\245\204\005s:\343 ke\326` \273by\301\204\007ser\225@-\375-\334% SIZE`\364\260\"$\000D\265Bory.Wcre\311`(\203E=#\001\335)k\010is y\016is\336\326@pped\203\002recad\214`\343B+\013ma\020\022\243: \246 \364\003\256\205\001b\324\205\001e\315e\340\010\047s\324\006\242\206\002of\177 a vers\203!\366\345\205\002isA\000t kn\377own here\343th\362G<\000\322#amo\367ng \315*was ?freed,\252!\006\001\346\376#()\313a\276 a n\367ew \271\"r on|\274\206\010/\000ecaus\346\"\376D\001silent:\337 openX\013ag\267ain\207\tor\206\205\002r\373ef<\001a com\177pare-ex\240\210\001\365g\273@n\340\000gues\323t\047\327#\315\"f\301\207\002de\377vice, wh\177ich que$\000\276\340\206\002calls\272\206\002:\352\340\205\003a\207\210\006o5\003hosst \223\210\001\346\210\001 fr\270`;itB\003bel\233 \363\206\004\n\233\211\001 \014\ts\277\210\001\237E\010\016\261\204\003\375C\331\211\003CorrupUt\007\004E\331\205\001C\352\206\001d""\006\002{De\233 dent\000\006\265.\223\205\006c\321\210\002__\017\ts\377etstate_r\025\005I\307\212\003S\002Mem\350\205\004\000\000\007=\017\017\n?\016/\010\220\210\002?\010\205g\370T\010\265\213\003e\010runNO\177_AREANo\374\004\177sNoInte\203\"\363sR\252\206\002\203\"Weak\277KeyDic\264\211\001a\177ry__Pyx\001\000\376\016\001_NextRe\367f__\324\211\004e_____dict\004\001eL\001\372\004\002x\245\207\001__fun%c\035\001g\231%+\000m\344`1\001\337modul:\002na\255m\002\003ewJ\001pk\000c\377hecksum_\375_\n\001result\340\006\003\343#\022\002\216\213\001\033\003unp\307ickK\000\261F3\003vt<\276\211\001\237\001qual`\005\336\210\005\354\303N\370\210\006ex\323\001set\345_\224\005s\267\010\336N__t\373es\376\001after\371_\312\213\001\216#doorb\377ell_nowa\377it_is_co\177routine&\003\367in_\361\213\002alla\177syncio.\031\006\377satbeatc\365l+\000_&\000trac\237eback\224\214\002\346\211\003c\337odeco\305@xt\377libcount\277currenj\000d\376\027\001dedueen\356$\001end\000\000poi\366\362Bor\245\213\003even_tfdsf9\000d\323\207\007|\260@\263@pidii\206\205\001\317ityi<\000\325@em\371s\354\213\r\310\213\007lease\367lef\212\000mitl\377ocalmach\334\354\000\324\211\001ing\330\217\003mu\373te\362Anext_\366\340\001nu\241\205\001offs\377etoneosp\347eer\374\220\002\200\221\003pla\377inpopran\237dbits\331\213\003\341\213\001s\266\356!at\360\"re\257\221\002r\337ing_a\355&ru\377nsecrets\370\230\000]\001\351\214\004signayl\213\211\003\272\206\002supp\350`\336O\000xtth\234\213\004up\377dateuse_\376\336\206\005valuesv\377ectorwea\377krefint \377(void *,\377 int64_t\363)\000\203\002\373A\200\001\330\004\277\005\330\004\022\220!\006\001\n\357\210+\220Q\017\001\047\240q\377\250\006\250a\200\001\340\004\377\037\230q\320 0\260\013\377\270;\300k\320QR\330\377\004\023\2209\230H\240A\377\240Q\330\004\007\200|\220\3777\230!\330\010+\2501\377\250L\270\016\300a\330\004\377\013\2101\200\001\360\010\000\373\n\033\025\001\020\220\001\330\010\377\020\220\007\220q\230\006\230\367l\250!0\001v\210W\220\177E\230\024\230Q\330""\010u\000?\330\010\027\220q\340\001\001L\001\377q\330\010\017\320\017*\250\377$\250a\250w\260k\300\357\027\310\001\340\004\013\021\200A\377\340\010&\240a\240t\250\3777\260%\260q\360\n\000\237\t\r\210F\220\203\000h\002\014\377\210E\220\025\220a\220t\377\2307\240%\240q\330\014\377\021\320\021!\240\021\240!\377\2404\240w\250g\260Q_\330\014\025\220\\\016\000(\213\000\377\014\017\210}\230A\230X\377\240S\250\002\250#\250]\277\270!\2708\3003\304\000\020\377\021\330\014\023\220<\230q\177\240\010\250\003\2502\2503\000W\021\220\031\350\000\014\003\001-\234 \367\001\330\014\263 \2206\230\023\377\230G\2401\330\014\036\230\377a\230x\240s\250\"\320\317,@\300\006\207 =\000=\240\377\001\240\026\240r\320);\357\2703\270a\210\000\220\027\230\373\001\330Y\000\020\025\220Q\330\377\020\034\230D\240\n\250!\377\250<\260q\330\020\035\230\377Q\230f\240B\240a\330\377\020\030\230\n\240-\250q\377\260\006\260c\270\023\270B\3707\000\031\002\274 \2508\2603\260\373b\270A\000\024\220G\2301\374v\001\234 \210q\200A\360\006\376\376\006\013\2106\220\023\220D\277\230\007\230u\240A\242\001*\376\336\002Q\320&;\2701\270\377D\300\007\300u\310A\330\177\010\013\2104\210x\220\236 \367\022\220+y\000a\330\010\021{\220\034\222@\014\r\210T\245\000\377\005\230Y\320&6\260a\377\260q\270\004\270G\3007\367\310!\3400\000=\230\001\230\367\030\240\023\245\000c\250\024\320\347-?\270\336 *\003\007\230w\367\240a\340\262 1\330\010\033\376\230\000A\230T\240\021\330\010\365\014\225C\017\237\002\010\000\t\"\312:\000A\260A\014|\000\370!Q\230\277d\240!\330\014\r\215\0016\377\220\030\230\021\230$\230iO\240r\250\021\252`\241\000:\246 \273\010\t\350!$\220d\350`\020\376\253`\330\025\026\330\024\034\230\357A\330\024\027\344@:\240T\373\250\024\236@\030#\2401\240\377G\2503\250c\260\022\260\3651\030\001u\330@Q\230e\240\3273\240i\313 \007\307\000\007\270\377v\300R\300q\330\030$\373\240A\361@\005\250Q\250a\377\330\024\032\230#\230S\240\373\003\2400\002t\2304\230t\377\240=\260\001\260\021\260$\277\260h\270b\300\001+\001C\256\327A\250D\260""\n\000\033\035\0028\177\2501\330\034#\240<\245@\367\001\260\024\324`\030\034\230O\236\021\000\020\023\2204\372`~\000\030c\230\013\217\000\237\004Q\0011\330!\000\317I\240Q\340\360d\365\003\020\024\357\220H\230A\277@\014\000\t\371\021\253\205\001\225Aw\220c\230\024\276\277 \024\240X\250T\\\000T\277\270\030\300\021\330\014\306\205\001t\327\230:\240\272`\021\372\001v\230\216\304`\027\220\177\263`\214\"\354 H\005\220\327B6\346b\237\204\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2705, 3537);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2817 bytes) */
+static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m wa\377s remove\377d#x(tree\377 fragmen\377t))): so\267me \177\005th\205\000c\377an write\327 to@\001 \216\000or\367y hG\000spoi\377led it, \377, is imp\377ossible ?(.: : \235\006+\001\177?NoneNoG\001~V\001Cython3\001\377delibera\377tely str\237icter\256\000x\000P\377EP-484 a\273nd\266\000jec\307\000s\377ubclasse\375s\241!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\264 n set\306\002\047\376\324 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\261@\245Dsa \377wordadd_]n\357\000all\300\000o\262@\rr\326&fr\237\002\305@\321B\317C\320\302 \377D\201`?\000k\303Edi\333sa\325 en\001\002rr\177or gcis\n\003\245d\243d.\242e\010\005e%\001s^\026\005text\315d/\315d\371/\335`\370 ship.\377pyxno de\377fault __\377reduce__\367 du\371Bnon-\336\232@vial\033\000ci\037nit__\266\003\212\204\001\216\204\001\350\366\005\221\204\002\233\"d\245\204\001regx\341 \257b_\000room\317!\266\237\204\005s:\321 ke\304` \273by\273\204\007ser\203@-\375-K\006SIZE`,\351 \367\000$\000D\243Bory\257.cre\267`(\361%=\272#\001)k\010is y\016i\275s\304@pped\203\002r\307ead\372@\321B+\013maF\020\022: \246 \260C\234\205\001b\302\205\001\334\356`\341\007\047s \376\nof\177 a vers\203!\366\323\205\002isA\000t kn\377own here\343th\362G<\000\216camoGng \315*\277\206\001\266b,\252!\354\301a\376#()\223$a n\367ew \271\"r on|\252\206\010/\000ecaus\346\"\376\207\207\001silent:\337 openX\013ag\307ain\207\t\355`\365\204\001re\375f<\001a comp\277are-ex\232\210\001g\372\273@n\340\000guest\351\047\327#\315\"f\257\207\002dev\377ice, whi?ch que$\000\316\206\002_calls\250\206\002:\316\205\003\365a\365\207\006o5\003host\271 \201\210\001\340\210\001 fr\270`i\035tB\003bel\233 \341\206\004\225\211\001\205 \014\ts\255\210\001\237E\010\016\355\205\003C\376\323\211\003Corrupt\252\007\004E\331""\205\001C\330\206\001d\006\002D\275e\233 dent\000\006.\332\223\205\006c\277\210\002__\017\tse\177tstate_\025\0059I\301\212\003S\002Mem\350\205\004\000\007\000=\017\017\n?\016/\010\376\207\002?\010\205gT\010\377has_fore\027ign\251\206\003sq\010\314\213\003\202\010\377runNO_AR\357EANo\231$sNooInte\240\"sR\307\206\002\376\240\"WeakKey\367Dic\277\211\001ary_\317_Pyx\001\000\016\001_N\377extRef__\376\337\211\004e____diKct\004\001eL\001\004\002x\302\207\001\277__func\035\001g\274\266%+\000main1\001m\357odul:\002nam\326\002\003ewJ\001pk\000ch\377ecksum__~\n\001result\006\003\360\200C\022\002\231\213\001\033\003unpicckK\000\316F3\003vt\333\211\001\036\237\001qual`\005\373\210\005\340N\366\225\211\006ex\323\001set_\362\224\005s\267\010\373N__te}s\376\001after\223A\375k\216#doorbe\377ll_nowai\377t_is_cor?outine&\003\211 \376\374\213\002allasyn\357cio.\031\006sat\277beatcl+\000_\376\262 traceba\363ck\237\214\002\203\212\003code\373co\305@xtlib\377countcur\327renj\000d\027\001de\337dueen$\001en\035d\000\000poi\362B\271`\303\213\002\377eventfds\305f9\000d\360\207\007\260@\263@pi\355d\327oii\265\205\001ity9iN\000\347@ems\233\214\r\367\213\007\377leaselef\376\234\000mitloca\237lmach\376\000\203\212\001i{ng\365\217\003mute\204a\337next_\362\001nu\376\320\205\001offseto\377neospeer\374\245\221\002\251\221\003plainp\377oprandbi\323ts\210\214\003\220\214\001s\200Aat\366\202Bre\330\221\002ring\373_a\377&runse\037crets\230\000]\001\230\215\004?signal\272\211\003\351\206\002\317supp\372`O\000xt\373th\313\213\004updat\337euse_\215\207\005va\377luesvect\377orweakre\377fint (vo\377id *, in\177t64_t)\000\203\002\376\215a\200\001\330\004\005\330\004\367\022\220!\006\001\n\210+\220\375Q\017\001\047\240q\250\006\250\377a\200\001\340\004\037\230q\377\320 0\260\013\270;\300\377k\320QR\330\004\023\220\3779\230H\240A\240Q\330\377\004\007\200|\2207\230!\377\330\010+\2501\250L\270\377\016\300a\330\004\013\2101\177\200\001\360\010\000\n\033\025\001\377\020\220\001\330\010\020\220\007\377\220q\230\006""\230l\250!\3760\001v\210W\220E\230\024\357\230Q\330\010u\000\330\010\027\347\220q\340\001\001L\001q\330\010\377\017\320\017*\250$\250a\377\250w\260k\300\027\310\001\375\340\004\013\021\200A\340\010&\377\240a\240t\2507\260%\373\260qh\000\t\r\210F\220\376\203\000\014\210E\220\025\220a\377\220t\2307\240%\240q\377\330\014\025\220\\\240\021\240\377(\320*:\270!\2701\377\270D\300\007\300w\310a\377\330\014\026\220l\240!\330\377\020\030\320\030(\250\001\250\375\021k\000g\260W\270C\270\377r\300\021\340\014\021\220\031\364\320\000\002\002-\204 \001\330\014\r\377\330\020\035\230Q\230h\240\377c\250\021\330\020\024\220M\336Q\001\250#\250Q\005\005)\250\2773\250d\260\047\270\031\002D\357\230\004\230J\235\000q\340\020l\327\000\315\000\210q\243\r\n\000\253\005\274\233\"\247\016\021\320\021!\266\000!\377\2404\240w\250g\260Q\374\301\006\276 \014\017\210}\230A\277\230X\240S\250\002\201\000]\356\327\0008\3003\367 \020\021\330\377\014\023\220<\230q\240\010\217\250\003\2502\233\000\270\020\346@\220\3776\230\023\230G\2401\330\377\014\036\230a\230x\240s\177\250\"\320,@\300\006\272@\376=\000=\240\001\240\026\240r\277\320);\2703\270\250 \021\337\220\027\230\001\330Y\000\020\025\375\220\355\000\034\230D\240\n\250\337!\250<\260q\217#f\240\367B\240a\310 \230\n\240-\377\250q\260\006\260c\270\023\343\270B7\000\256\"\357@\2508\260\3573\260b\270A\000\024\220Gc\2301v\001\317@\220!\360\006\376\006\377\013\2106\220\023\220D\230\377\007\230u\240A\330\014\022{\220*\336\002Q\320&;\261D\377u\310A\330\010\013\2104w\210x\220\326@\022\220+\216@\277a\330\010\021\220\034\305`\014\367\r\210T\245\000\005\230Y\320\377&6\260a\260q\270\004\177\270G\3007\310!\3400\000\177=\230\001\230\030\240\023\245\000\177c\250\024\320-?\270\226`~*\003\007\230w\240a\340\262 \3571\330\010\033\230\000A\230T_\240\021\330\010\014\310c\017\237\002o\010\000\t\":\000A\360\261@9\014|\000\370!Q\230d\274`\224`\376\216\0006\220\030\230\021\230$\257\230i\240r\306`!\240\001:\366\246 \010\t\302\001$\220d\230\374\345`\203a\025\026\330\024\034\230""\377A\330\024\027\220t\230:\357\240T\250\024\274`\030#\240\3671\240G\272`c\260\022\260\3651\030\001u\330@Q\230e\240\3273\240i\313 \007\307\000\007\270\377v\300R\300q\330\030$\373\240A\361@\005\250Q\250a\377\330\024\032\230#\230S\240\373\003\2400\002t\2304\230t\377\240=\260\001\260\021\260$\277\260h\270b\300\001+\001C\256\327A\250D\260\n\000\033\035\0028\177\2501\330\034#\240<\245@\367\001\260\024\324`\030\034\230O\376\021\000\020\023\2204\220t\230\216~\000\030\230\013\217\000\237\004Q\0011=\330!\000I\240Q\340\360d\365\003\377\020\024\220H\230A\200A\237\360\014\000\t\021\336\206\001\225Aw\357\220c\230\024\277 \024\240X\373\250T\\\000T\270\030\300\021\223\330\014\371\206\001\356\001Q\301a\373\000v\177\230Q\330\020\027\220\177\263`,\214\"\354 H\220\327B6\346b\372@\001!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2817, 3757);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3537 bytes) */
-static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____sets""tate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000""\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3757 bytes) */
+static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them was removed#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process freed the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.has_foreign_placesMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_n""ame____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidhas_foreign_placesiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\010\000\t\r\210F\220!\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\025\220\\\240\021\240(\320*:\270!\2701\270D\300\007\300w\310a\330\014\026\220l\240!\330\020\030\320\030(\250\001\250\021\250$\250g\260W\270C\270r\300\021\340\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\r\330\020\035\230Q\230h\240c\250\021\330\020\024\220M\240\021\240(\250#\250Q\330\020\024\220M\240\021\240)\2503\250d\260\047\270\021\330\020\024\220D\230\004\230J\240a\240q\340\020\027\220q\330\010\017\210q\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#""\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w""\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 164; i++) {
+    for (int i = 0; i < 167; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 47) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 48) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -16475,8 +16912,8 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 164; i < 174; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-164].length;
+    for (int i = 167; i < 178; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-167].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16486,15 +16923,15 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 174; i++) {
+    for (Py_ssize_t i = 0; i < 178; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 164;
-      for (Py_ssize_t i=0; i<10; ++i) {
+      PyObject **table = stringtab + 167;
+      for (Py_ssize_t i=0; i<11; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -16606,29 +17043,34 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 461};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_machine, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_has_foreign_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 482};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 484};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 4};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pyx_type, __pyx_mstate->__pyx_n_u_pyx_checksum, __pyx_mstate->__pyx_n_u_pyx_state, __pyx_mstate->__pyx_n_u_pyx_result};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_pyx_unpickle_Dependent, __pyx_mstate->__pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_pyx_unpickle_Dependent, __pyx_mstate->__pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

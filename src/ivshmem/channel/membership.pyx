@@ -455,6 +455,29 @@ cdef class Membership:
             ))
         return found
 
+    def has_foreign_places(self):
+        """Return whether a process of another machine, a virtual one for instance, is at work."""
+        cdef ivshmem_memory *memory = &self.member.area.memory
+        cdef uint64_t number, machine
+        cdef ivshmem_place place
+        cdef unsigned i
+        self.check()
+        for i in range(self.member.area.places):
+            number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
+            machine = ivshmem_load(
+                memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
+            )
+            place.index = i
+            place.epoch = ivshmem_epoch(number)
+            if (
+                ivshmem_value(number) != 0
+                and ivshmem_flags(number) == IVSHMEM_LIVE
+                and ivshmem_value(machine) != self.member.machine
+                and not self.is_silent(place)
+            ):
+                return True
+        return False
+
     cdef bint is_silent(self, ivshmem_place place):
         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
 
@@ -547,6 +570,9 @@ cdef class Membership:
     cdef object fail(self, int code, ivshmem_channel *channel, str name):
         """Return the exception for a result of the header."""
         of = f"channel {name!r}: " if name else ""
+        if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
+            if not ivshmem_is_there(channel):
+                return ClosedError(f"channel {name!r} was removed")
         if code == IVSHMEM_CORRUPT and channel != NULL:
             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
             whose = self.whose(channel.fault.owner)
@@ -568,7 +594,7 @@ cdef class Membership:
             return RegionError(f"{of}the region is mapped for reading only")
         if code == IVSHMEM_CLOSED:
             return ClosedError(
-                f"{of}another process removed the channel, or the place of this process"
+                f"{of}another process freed the place of this process"
             )
         if code == IVSHMEM_NO_ATOMICS:
             return ChannelError(

@@ -2979,6 +2979,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*check_there)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -9534,7 +9535,7 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
  * STREAM_RESET = RESET  # .. or is gone without saying so
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched             # <<<<<<<<<<<<<<
  * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
- * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+ * HUNG_UP = HANGUP  # no turn: epoll(7) told of an error, or that nobody is at the other end
 */
   __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_BLOCKED); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -9545,7 +9546,7 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
  * STREAM_RESET = RESET  # .. or is gone without saying so
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
  * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target             # <<<<<<<<<<<<<<
- * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+ * HUNG_UP = HANGUP  # no turn: epoll(7) told of an error, or that nobody is at the other end
  * 
 */
   __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_LEFT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
@@ -9556,7 +9557,7 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
   /* "ivshmem/channel/pumps.pyx":43
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
  * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
- * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end             # <<<<<<<<<<<<<<
+ * HUNG_UP = HANGUP  # no turn: epoll(7) told of an error, or that nobody is at the other end             # <<<<<<<<<<<<<<
  * 
  * assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)
 */
@@ -9566,7 +9567,7 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/pumps.pyx":45
- * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+ * HUNG_UP = HANGUP  # no turn: epoll(7) told of an error, or that nobody is at the other end
  * 
  * assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)             # <<<<<<<<<<<<<<
  * assert select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR == HUNG

@@ -40,7 +40,7 @@ STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
 STREAM_RESET = RESET  # .. or is gone without saying so
 TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
 RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
-HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+HUNG_UP = HANGUP  # no turn: epoll(7) told of an error, or that nobody is at the other end
 
 assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)
 assert select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR == HUNG

@@ -2498,7 +2498,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 };
 
 
-/* "ivshmem/channel/records.pyx":123
+/* "ivshmem/channel/records.pyx":124
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -2518,7 +2518,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
 };
 
 
-/* "ivshmem/channel/records.pyx":168
+/* "ivshmem/channel/records.pyx":169
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2531,7 +2531,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":219
+/* "ivshmem/channel/records.pyx":220
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -4392,7 +4392,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[138];
+    PyObject *__pyx_string_tab[139];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4582,32 +4582,33 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_size_of __pyx_string_tab[109]
 #define __pyx_n_u_sleep __pyx_string_tab[110]
 #define __pyx_n_u_slots __pyx_string_tab[111]
-#define __pyx_n_u_taken __pyx_string_tab[112]
-#define __pyx_n_u_text __pyx_string_tab[113]
-#define __pyx_n_u_throw __pyx_string_tab[114]
-#define __pyx_n_u_time __pyx_string_tab[115]
-#define __pyx_n_u_time_ns __pyx_string_tab[116]
-#define __pyx_n_u_times __pyx_string_tab[117]
-#define __pyx_n_u_tries __pyx_string_tab[118]
-#define __pyx_n_u_type __pyx_string_tab[119]
-#define __pyx_n_u_unfinished __pyx_string_tab[120]
-#define __pyx_n_u_unit __pyx_string_tab[121]
-#define __pyx_n_u_units __pyx_string_tab[122]
-#define __pyx_n_u_update __pyx_string_tab[123]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[124]
-#define __pyx_n_u_value __pyx_string_tab[125]
-#define __pyx_n_u_values __pyx_string_tab[126]
-#define __pyx_n_u_views __pyx_string_tab[127]
-#define __pyx_n_u_writers __pyx_string_tab[128]
-#define __pyx_n_u_writing __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[136]
-#define __pyx_kp_b_iso88591__4 __pyx_string_tab[137]
+#define __pyx_n_u_state __pyx_string_tab[112]
+#define __pyx_n_u_taken __pyx_string_tab[113]
+#define __pyx_n_u_text __pyx_string_tab[114]
+#define __pyx_n_u_throw __pyx_string_tab[115]
+#define __pyx_n_u_time __pyx_string_tab[116]
+#define __pyx_n_u_time_ns __pyx_string_tab[117]
+#define __pyx_n_u_times __pyx_string_tab[118]
+#define __pyx_n_u_tries __pyx_string_tab[119]
+#define __pyx_n_u_type __pyx_string_tab[120]
+#define __pyx_n_u_unfinished __pyx_string_tab[121]
+#define __pyx_n_u_unit __pyx_string_tab[122]
+#define __pyx_n_u_units __pyx_string_tab[123]
+#define __pyx_n_u_update __pyx_string_tab[124]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[125]
+#define __pyx_n_u_value __pyx_string_tab[126]
+#define __pyx_n_u_values __pyx_string_tab[127]
+#define __pyx_n_u_views __pyx_string_tab[128]
+#define __pyx_n_u_writers __pyx_string_tab[129]
+#define __pyx_n_u_writing __pyx_string_tab[130]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[131]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[136]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[137]
+#define __pyx_kp_b_iso88591__4 __pyx_string_tab[138]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4656,7 +4657,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<138; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<139; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4713,7 +4714,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<138; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<139; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -7129,7 +7130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":123
+/* "ivshmem/channel/records.pyx":124
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -7149,7 +7150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 123, __pyx_L1_error)
+    __PYX_ERR(0, 124, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -7160,7 +7161,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -7203,15 +7204,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 123, __pyx_L1_error)
+    __PYX_ERR(0, 124, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 123, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 124, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 123, __pyx_L1_error)
+    __PYX_ERR(0, 124, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -7219,7 +7220,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -7230,12 +7231,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 123, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -7262,7 +7263,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 123, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 124, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7346,10 +7347,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
+ *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
- *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -7359,11 +7360,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   /* "ivshmem/channel/records.pyx":121
  *     return {
  *         "index": record.index,
+ *         "state": record.state,             # <<<<<<<<<<<<<<
+ *         "name": (<bytes>record.name).decode(errors="replace"),
+ *         "kind": _NAMES.get(g.kind, "?"),
+*/
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/records.pyx":122
+ *         "index": record.index,
+ *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -7374,13 +7387,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 121, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -7390,27 +7403,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 122, __pyx_L1_error)
   if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":122
- *         "index": record.index,
+  /* "ivshmem/channel/records.pyx":123
+ *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7430,25 +7443,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":123
+  /* "ivshmem/channel/records.pyx":124
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
@@ -7457,23 +7470,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __pyx_t_3 = 0;
   { /* enter inner scope */
 
-    /* "ivshmem/channel/records.pyx":124
+    /* "ivshmem/channel/records.pyx":125
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_9 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 125, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 124, __pyx_L5_error)
+      __PYX_ERR(0, 125, __pyx_L5_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -7482,24 +7495,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     while (1) {
       __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
       if (unlikely(__pyx_t_12 == 0)) break;
-      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 124, __pyx_L5_error)
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_name, __pyx_t_8);
       __pyx_t_8 = 0;
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_bit, __pyx_t_5);
       __pyx_t_5 = 0;
-      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr2__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr2__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 124, __pyx_L5_error)
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
 
-      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr2__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 124, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr2__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 125, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -7514,102 +7527,102 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   } /* exit inner scope */
   if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
     if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
-    __PYX_ERR(0, 124, __pyx_L1_error)
+    __PYX_ERR(0, 125, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":125
+  /* "ivshmem/channel/records.pyx":126
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":126
+  /* "ivshmem/channel/records.pyx":127
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
  *         "loans": g.loans,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":127
+  /* "ivshmem/channel/records.pyx":128
  *         "writers": g.writers,
  *         "readers": g.readers,
  *         "slots": g.slots,             # <<<<<<<<<<<<<<
  *         "loans": g.loans,
  *         "views": g.views,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":128
+  /* "ivshmem/channel/records.pyx":129
  *         "readers": g.readers,
  *         "slots": g.slots,
  *         "loans": g.loans,             # <<<<<<<<<<<<<<
  *         "views": g.views,
  *         "limit": g.limit,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":129
+  /* "ivshmem/channel/records.pyx":130
  *         "slots": g.slots,
  *         "loans": g.loans,
  *         "views": g.views,             # <<<<<<<<<<<<<<
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 130, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":130
+  /* "ivshmem/channel/records.pyx":131
  *         "loans": g.loans,
  *         "views": g.views,
  *         "limit": g.limit,             # <<<<<<<<<<<<<<
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":131
+  /* "ivshmem/channel/records.pyx":132
  *         "views": g.views,
  *         "limit": g.limit,
  *         "created": record.created / 1e9,             # <<<<<<<<<<<<<<
  *         "type": (<bytes>record.type).decode(errors="replace"),
  *     }
 */
-  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":132
+  /* "ivshmem/channel/records.pyx":133
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *     }
  * 
 */
-  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
@@ -7620,13 +7633,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 132, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 132, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -7636,11 +7649,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 133, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 132, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 133, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -7681,7 +7694,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":136
+/* "ivshmem/channel/records.pyx":137
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -7730,39 +7743,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 137, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 137, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 137, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 136, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 137, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 137, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 137, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7773,8 +7786,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 136, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 136, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 137, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_6find(__pyx_self, __pyx_v_membership, __pyx_v_name);
 
   /* function exit code */
@@ -7813,7 +7826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find", 0);
 
-  /* "ivshmem/channel/records.pyx":144
+  /* "ivshmem/channel/records.pyx":145
  *     cdef ivshmem_record record
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
@@ -7822,38 +7835,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
   if (unlikely(__pyx_v_name == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 144, __pyx_L1_error)
+    __PYX_ERR(0, 145, __pyx_L1_error)
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":145
+  /* "ivshmem/channel/records.pyx":146
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode()
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":146
+  /* "ivshmem/channel/records.pyx":147
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *         memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
   __pyx_t_4 = (__pyx_t_3 < IVSHMEM_CHANNEL_NAME);
 
 
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/records.pyx":147
+    /* "ivshmem/channel/records.pyx":148
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
@@ -7862,20 +7875,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
     (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
 
-    /* "ivshmem/channel/records.pyx":148
+    /* "ivshmem/channel/records.pyx":149
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *         memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
  *             return facts(&record)
 */
-    __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L1_error)
-    __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
     (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_5), __pyx_t_3));
 
 
 
-    /* "ivshmem/channel/records.pyx":149
+    /* "ivshmem/channel/records.pyx":150
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *         memcpy(padded, <const char *>encoded, len(encoded))
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:             # <<<<<<<<<<<<<<
@@ -7887,14 +7900,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/records.pyx":150
+      /* "ivshmem/channel/records.pyx":151
  *         memcpy(padded, <const char *>encoded, len(encoded))
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
  *             return facts(&record)             # <<<<<<<<<<<<<<
  *     raise NoSuchChannel(name)
  * 
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       {
         PyObject *__pyx_temp;
@@ -7907,7 +7920,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/records.pyx":149
+      /* "ivshmem/channel/records.pyx":150
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *         memcpy(padded, <const char *>encoded, len(encoded))
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:             # <<<<<<<<<<<<<<
@@ -7916,7 +7929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
     }
 
-    /* "ivshmem/channel/records.pyx":146
+    /* "ivshmem/channel/records.pyx":147
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
@@ -7925,7 +7938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/channel/records.pyx":151
+  /* "ivshmem/channel/records.pyx":152
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
  *             return facts(&record)
  *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -7933,7 +7946,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_8 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7952,14 +7965,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 151, __pyx_L1_error)
+  __PYX_ERR(0, 152, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":136
+  /* "ivshmem/channel/records.pyx":137
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -7983,7 +7996,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":154
+/* "ivshmem/channel/records.pyx":155
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -8031,32 +8044,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 154, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 155, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 154, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 155, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 154, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 155, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 154, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 154, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 155, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8067,7 +8080,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 155, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8listing(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -8107,29 +8120,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("listing", 0);
 
-  /* "ivshmem/channel/records.pyx":158
+  /* "ivshmem/channel/records.pyx":159
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     found = []
  *     for i in range(membership.member.area.records):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":159
+  /* "ivshmem/channel/records.pyx":160
  *     cdef unsigned i
  *     membership.check()
  *     found = []             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":160
+  /* "ivshmem/channel/records.pyx":161
  *     membership.check()
  *     found = []
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
@@ -8143,7 +8156,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/records.pyx":161
+    /* "ivshmem/channel/records.pyx":162
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -8155,43 +8168,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/records.pyx":162
+      /* "ivshmem/channel/records.pyx":163
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts(&record)             # <<<<<<<<<<<<<<
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_v_channel, ((PyObject*)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/records.pyx":163
+      /* "ivshmem/channel/records.pyx":164
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts(&record)
  *             channel.update(usage(membership, &record))             # <<<<<<<<<<<<<<
  *             found.append(channel)
  *     return found
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 163, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/records.pyx":164
+      /* "ivshmem/channel/records.pyx":165
  *             channel = facts(&record)
  *             channel.update(usage(membership, &record))
  *             found.append(channel)             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/records.pyx":161
+      /* "ivshmem/channel/records.pyx":162
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -8202,7 +8215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
 
 
-  /* "ivshmem/channel/records.pyx":165
+  /* "ivshmem/channel/records.pyx":166
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
  *     return found             # <<<<<<<<<<<<<<
@@ -8220,7 +8233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":154
+  /* "ivshmem/channel/records.pyx":155
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -8245,7 +8258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":219
+/* "ivshmem/channel/records.pyx":220
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -8265,7 +8278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 219, __pyx_L1_error)
+    __PYX_ERR(0, 220, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8276,7 +8289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 219, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 220, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8319,15 +8332,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 219, __pyx_L1_error)
+    __PYX_ERR(0, 220, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 219, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 220, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 219, __pyx_L1_error)
+    __PYX_ERR(0, 220, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8335,7 +8348,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 219, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 220, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -8346,9 +8359,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 219, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 220, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 219, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 220, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -8375,7 +8388,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 219, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 220, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8403,7 +8416,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":168
+/* "ivshmem/channel/records.pyx":169
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8457,12 +8470,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 168, __pyx_L1_error)
+    __PYX_ERR(0, 169, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":171
+  /* "ivshmem/channel/records.pyx":172
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
@@ -8471,7 +8484,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
 
-  /* "ivshmem/channel/records.pyx":175
+  /* "ivshmem/channel/records.pyx":176
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
@@ -8480,42 +8493,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":177
+  /* "ivshmem/channel/records.pyx":178
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,             # <<<<<<<<<<<<<<
  *         "bytes": channel.layout.size,
  *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":178
+  /* "ivshmem/channel/records.pyx":179
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
  *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
  *     }
  *     if g.kind == IVSHMEM_BYTES:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":180
+  /* "ivshmem/channel/records.pyx":181
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -8527,7 +8540,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":181
+    /* "ivshmem/channel/records.pyx":182
  *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8541,7 +8554,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":182
+      /* "ivshmem/channel/records.pyx":183
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -8551,7 +8564,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":183
+        /* "ivshmem/channel/records.pyx":184
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8560,7 +8573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":184
+        /* "ivshmem/channel/records.pyx":185
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8578,7 +8591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":185
+        /* "ivshmem/channel/records.pyx":186
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8592,7 +8605,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":184
+        /* "ivshmem/channel/records.pyx":185
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8602,7 +8615,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":187
+          /* "ivshmem/channel/records.pyx":188
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -8611,16 +8624,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 187, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 188, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 187, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 188, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":188
+          /* "ivshmem/channel/records.pyx":189
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -8629,7 +8642,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":184
+          /* "ivshmem/channel/records.pyx":185
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8642,7 +8655,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":180
+    /* "ivshmem/channel/records.pyx":181
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -8652,7 +8665,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":190
+  /* "ivshmem/channel/records.pyx":191
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8667,7 +8680,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":191
+      /* "ivshmem/channel/records.pyx":192
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -8676,7 +8689,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":192
+      /* "ivshmem/channel/records.pyx":193
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -8685,7 +8698,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":193
+      /* "ivshmem/channel/records.pyx":194
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended             # <<<<<<<<<<<<<<
@@ -8694,19 +8707,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_published);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_published;
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 193, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 193, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 194, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 193, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 194, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/records.pyx":194
+      /* "ivshmem/channel/records.pyx":195
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8718,7 +8731,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":195
+        /* "ivshmem/channel/records.pyx":196
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -8727,7 +8740,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":194
+        /* "ivshmem/channel/records.pyx":195
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8736,7 +8749,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":196
+      /* "ivshmem/channel/records.pyx":197
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8745,59 +8758,59 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":197
+      /* "ivshmem/channel/records.pyx":198
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 197, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 198, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":199
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
  *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 198, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 198, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 198, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 198, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_2 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":197
+      /* "ivshmem/channel/records.pyx":198
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-      /* "ivshmem/channel/records.pyx":200
+      /* "ivshmem/channel/records.pyx":201
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -8809,7 +8822,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":201
+        /* "ivshmem/channel/records.pyx":202
  *             ))
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
@@ -8823,7 +8836,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/channel/records.pyx":202
+          /* "ivshmem/channel/records.pyx":203
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8832,7 +8845,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-          /* "ivshmem/channel/records.pyx":203
+          /* "ivshmem/channel/records.pyx":204
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -8849,7 +8862,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/records.pyx":204
+            /* "ivshmem/channel/records.pyx":205
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
@@ -8858,19 +8871,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
             __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
-            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 204, __pyx_L1_error)
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 205, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 204, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 205, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 204, __pyx_L1_error)
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 205, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 204, __pyx_L1_error)
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 205, __pyx_L1_error)
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-            /* "ivshmem/channel/records.pyx":203
+            /* "ivshmem/channel/records.pyx":204
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -8881,7 +8894,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         }
 
 
-        /* "ivshmem/channel/records.pyx":200
+        /* "ivshmem/channel/records.pyx":201
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -8895,7 +8908,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":205
+  /* "ivshmem/channel/records.pyx":206
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
@@ -8909,7 +8922,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":206
+    /* "ivshmem/channel/records.pyx":207
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -8918,7 +8931,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":207
+    /* "ivshmem/channel/records.pyx":208
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -8930,7 +8943,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":208
+      /* "ivshmem/channel/records.pyx":209
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
@@ -8939,7 +8952,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":207
+      /* "ivshmem/channel/records.pyx":208
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -8948,7 +8961,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":209
+    /* "ivshmem/channel/records.pyx":210
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8957,7 +8970,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":210
+    /* "ivshmem/channel/records.pyx":211
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -8969,7 +8982,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":211
+      /* "ivshmem/channel/records.pyx":212
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
@@ -8978,7 +8991,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":210
+      /* "ivshmem/channel/records.pyx":211
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -8987,7 +9000,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":212
+    /* "ivshmem/channel/records.pyx":213
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -8997,7 +9010,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":213
+    /* "ivshmem/channel/records.pyx":214
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -9006,7 +9019,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":214
+    /* "ivshmem/channel/records.pyx":215
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
@@ -9016,7 +9029,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
     __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__2);
 
-    /* "ivshmem/channel/records.pyx":215
+    /* "ivshmem/channel/records.pyx":216
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -9028,7 +9041,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":216
+      /* "ivshmem/channel/records.pyx":217
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -9037,7 +9050,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":217
+      /* "ivshmem/channel/records.pyx":218
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -9046,33 +9059,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":219
+      /* "ivshmem/channel/records.pyx":220
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 219, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 220, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 219, __pyx_L1_error)
+      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 220, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":218
+      /* "ivshmem/channel/records.pyx":219
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 218, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 219, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":221
+      /* "ivshmem/channel/records.pyx":222
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9086,7 +9099,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":222
+        /* "ivshmem/channel/records.pyx":223
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9095,7 +9108,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":223
+        /* "ivshmem/channel/records.pyx":224
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -9107,7 +9120,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":228
+          /* "ivshmem/channel/records.pyx":229
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -9117,7 +9130,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":225
+          /* "ivshmem/channel/records.pyx":226
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -9127,7 +9140,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":228
+          /* "ivshmem/channel/records.pyx":229
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -9144,24 +9157,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 228, __pyx_L1_error)
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 229, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":224
+          /* "ivshmem/channel/records.pyx":225
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 224, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 225, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_10));
           __pyx_t_10 = 0;
 
-          /* "ivshmem/channel/records.pyx":223
+          /* "ivshmem/channel/records.pyx":224
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -9172,7 +9185,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":215
+      /* "ivshmem/channel/records.pyx":216
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -9181,60 +9194,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":230
+    /* "ivshmem/channel/records.pyx":231
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/records.pyx":231
+    /* "ivshmem/channel/records.pyx":232
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 231, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/records.pyx":230
+    /* "ivshmem/channel/records.pyx":231
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -9242,7 +9255,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
 
 
-  /* "ivshmem/channel/records.pyx":233
+  /* "ivshmem/channel/records.pyx":234
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -9260,7 +9273,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":168
+  /* "ivshmem/channel/records.pyx":169
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9300,7 +9313,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":236
+/* "ivshmem/channel/records.pyx":237
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9319,7 +9332,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":237
+  /* "ivshmem/channel/records.pyx":238
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9328,7 +9341,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":238
+  /* "ivshmem/channel/records.pyx":239
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9340,7 +9353,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":239
+    /* "ivshmem/channel/records.pyx":240
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -9358,7 +9371,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":238
+    /* "ivshmem/channel/records.pyx":239
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9367,18 +9380,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":240
+  /* "ivshmem/channel/records.pyx":241
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 241, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":241
+    /* "ivshmem/channel/records.pyx":242
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -9396,7 +9409,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":240
+    /* "ivshmem/channel/records.pyx":241
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -9405,7 +9418,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":242
+  /* "ivshmem/channel/records.pyx":243
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -9433,7 +9446,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":236
+  /* "ivshmem/channel/records.pyx":237
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9453,7 +9466,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":245
+/* "ivshmem/channel/records.pyx":246
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -9504,53 +9517,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 245, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 246, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 245, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 245, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 245, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 245, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 245, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 246, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 245, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 246, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 245, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 245, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 245, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 245, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 246, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[2]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L3_error)
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 246, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 245, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 246, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9561,8 +9574,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 245, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 245, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 246, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 246, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_force);
 
   /* function exit code */
@@ -9606,17 +9619,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":255
+  /* "ivshmem/channel/records.pyx":256
  *     cdef ivshmem_channel channel
  *     cdef int code
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":256
+  /* "ivshmem/channel/records.pyx":257
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9625,7 +9638,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":257
+    /* "ivshmem/channel/records.pyx":258
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
@@ -9633,7 +9646,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         <bytes>record.name
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9652,14 +9665,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 257, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 257, __pyx_L1_error)
+    __PYX_ERR(0, 258, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":256
+    /* "ivshmem/channel/records.pyx":257
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9668,7 +9681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":258
+  /* "ivshmem/channel/records.pyx":259
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9686,20 +9699,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/records.pyx":259
+  /* "ivshmem/channel/records.pyx":260
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name             # <<<<<<<<<<<<<<
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
 */
-  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_4);
   #if CYTHON_VECTORCALL
 
-  /* "ivshmem/channel/records.pyx":260
+  /* "ivshmem/channel/records.pyx":261
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -9712,13 +9725,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 260, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 260, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 261, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -9728,18 +9741,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 260, __pyx_L1_error)
-  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   __pyx_t_6 = __pyx_t_7;
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/records.pyx":258
+  /* "ivshmem/channel/records.pyx":259
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9749,7 +9762,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":261
+    /* "ivshmem/channel/records.pyx":262
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9757,7 +9770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *     code = ivshmem_remove(&membership.member, &channel, force)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9776,14 +9789,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 261, __pyx_L1_error)
+    __PYX_ERR(0, 262, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":258
+    /* "ivshmem/channel/records.pyx":259
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9792,7 +9805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":262
+  /* "ivshmem/channel/records.pyx":263
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -9801,7 +9814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/records.pyx":263
+  /* "ivshmem/channel/records.pyx":264
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
@@ -9810,7 +9823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":264
+  /* "ivshmem/channel/records.pyx":265
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9822,7 +9835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":265
+    /* "ivshmem/channel/records.pyx":266
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9830,7 +9843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         raise ChannelError(
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9849,14 +9862,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 265, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 265, __pyx_L1_error)
+    __PYX_ERR(0, 266, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":264
+    /* "ivshmem/channel/records.pyx":265
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9865,7 +9878,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":266
+  /* "ivshmem/channel/records.pyx":267
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -9877,7 +9890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":267
+    /* "ivshmem/channel/records.pyx":268
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -9885,17 +9898,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *             " only if you know that none of them stores into its memory any more)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 268, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/records.pyx":268
+    /* "ivshmem/channel/records.pyx":269
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_4;
@@ -9909,7 +9922,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 268, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_5 = 1;
@@ -9930,14 +9943,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 267, __pyx_L1_error)
+    __PYX_ERR(0, 268, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":266
+    /* "ivshmem/channel/records.pyx":267
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -9946,7 +9959,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":271
+  /* "ivshmem/channel/records.pyx":272
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -9958,19 +9971,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":272
+    /* "ivshmem/channel/records.pyx":273
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 272, __pyx_L1_error)
+    __PYX_ERR(0, 273, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":271
+    /* "ivshmem/channel/records.pyx":272
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -9979,15 +9992,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":273
+  /* "ivshmem/channel/records.pyx":274
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 274, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":245
+  /* "ivshmem/channel/records.pyx":246
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -10933,14 +10946,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 124, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -10966,14 +10979,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 169, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -10999,14 +11012,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 220, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -11838,49 +11851,49 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":136
+  /* "ivshmem/channel/records.pyx":137
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
  *     """Return the facts of the channel of that name.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 137, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 136, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 137, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":154
+  /* "ivshmem/channel/records.pyx":155
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return the facts of all channels."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":245
+  /* "ivshmem/channel/records.pyx":246
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
  *     """Remove a channel, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 246, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 245, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 246, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -11954,16 +11967,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":121
- *     return {
+  /* "ivshmem/channel/records.pyx":122
  *         "index": record.index,
+ *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 121, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -12004,38 +12017,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{9},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{9},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{106},{192},{376},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1518 bytes) */
-static const char cstring[] = "x\332eT\317s\3238\024\246CCC\033`\263[\266\205a\026\205\356l\013\013a2K\027\35020\245-?\227\266iZ:\354\305(\266\234\2108\222c\311I\323\003\323\243\217>\372\350\243\2179\346\230#\307\034s\344O\340O\330\0479\315v\226\314\304\262\344\367\364}\357{\237\204\260\343\021lu\021\366\010\262=B\020e\2103\202\\JL\202V\270\207\260\343 \204%jr!\0212\353\2301\342\010D\216(\314e\035\276P\211L\314P\035\267\311\355\277\320G\332\026\365&i\236\206\"G|D\016\004\013\324\321\321\002\262\010\300\301\013\200\371\202\254}\237C\231\315?\"\201\273\002U\273\220G\315:r=n\022!\210@+6\367LH\343\314\351\"j\243.\367Q\203\361NJ\207)\376\334V(M$$\367\210\002\222\034x\n\004 \334\203rY\027\n\362\310\355\273\360j\215\243\225\010xY\240\342\032\302\250Fx\223H\010\225c\322\214K\245\005\357\020k\r\255\251\242%n\300\326\317\266\271$i\324FW\3269S\301\026qh\225xX\022`(\244GMI<\025\304\320\356\326\356\275\007\217\036h\\\217|\"&\260\022~\325t\260\256\r\250T}\352H\220Fv]\"\212\350uZ #\304BP\205\013qg\023\2008C\202H]\3012\310\307%\226\2243\003\322)\253-#\213z\000B\333De\277\300\216 ElY\006\304\221S\271-*p\325!\204\251g\315\244\"}\263\306m)\022\317\343\2368\235\245\032\026\005=&\247k\367\307;\335\007(\356Y\242\350v\217\030G\036\347M\004\315\232\364Uq\364H\215\246*5\261\353BQ*@\271\020\330\352\226\256\201\326\223\014\345\254\252Jj\3626\261&\316\301\223\200\215t\334R\024O\337\2257\305\333\327\333\233\225\355\365w[\306\363\017\373[\225m^\361\315\3728bgw\377\365\316ve\347\375\326\336\213\277w\016\3674%\275\305\376\207\335q\202\241r+\206\261\333=\202\377&\264\320\330&Gr\217\330\2061\226\231\030\360\263}f\252\261\211)\323#\267|G\177a\270\251G\020\303hK\245\250\232\265|\354\234~\221DH\030\2500@6\356C\327\211\322\204Y\312\212Xt\231Iyq\362IT\251\254:\334lT\273\220h\202\033\305X\005\323\201\317\006\340K\017\233\244\212\315\206\351pA\324\003T5\271\005m\2018S\031C\230\2607\364^?-\365\305\202N\303v\236E\230\236\244\355\2661X\263\370\004\360\3003O\2135\302\310\221\353\331\224Y\372\370\301\243\211\245\241\\`s\037\026\341\366\250""\215\203N\017O\215\310\032\234F\n9p_H\322\234xh\314\2738\366K\003\"\034\0146\227\016mR\251\256\013\340\355p\314\004D\303I\022u\352\236\365]\023n\002\\\203\021n%\246\324\004\\\311A9\356\352\032\301,\236\r\207U\215\035\017\240]\360<\261\\\356\272~\025\266\257\023\253\345\023\237(\337\301\356c\373\245lR\257y\304u@K\017\226\r\354t\340*Rn\206\223a\301a\263\210\215}G\n\352\020&\323\203pL\014n\0138D\256p\270\024\352r`\022H\311\272\307;\222\202\036\3607\230P\203\272\021\340\001\347\333g \250\246\3433*\325_\370\256\005\215\361Uy\337\251\337\306\216O\364C\264)\351\010]\232\247\007\340y2\365u\372\227\010G\307\311Boj4}\023^\362\243\351\313\201\035\256\217\246\263A6\314\204\345\320\212\n\243\354\334p\356f\324\212/\304N\257\320+\3656\373\027\007\363\203\177\276x\303reX9\030\036\274\037\345\346!)\367s\210\303vT\376\232\373),\215\246\347\202\007A\0076X\211\013)T#\311\047\205\257\260\376(|\026\027\342R\274\021\267\222K\275\367\375\322\311\324\267\354\271\314\225\024:\027h\374Lp\020\026\302\265\3500\336\002^\212\203\"\333\212g\223\345\336B\377|\277\324\1775\330\030\264\024*\211J\321zT\036\001\356\303\250\020\255\306S\361\215\244\234\340Q.\037.DSQ^\221Q ?\234\313\\\217\346a\313\365I\2413\047\"(\004\217\303\347!\036e/\00788\n\205\2529}\375\034\177H\314^\276\247D\010\236\204-\330\354z\374\020\030,\366\363\375\225\301\322@\203\256*\014H\232\236\r\356\251\030@\232\237\2243sr\034.\002\005\330\261\221F\315\014g\256\003\315R\364&\256%\207\275\227\272\224\365Q\366J\320\016\313\243\014\324\037\034\206o#\021k\032MU\334hzQc\334\006\325\336$\265\336a\177\275_VU=U[Fk@\023\047\335\376\224\202\363\203\215\240u&\363\314\212\003\360\272K\255o\027\316e\262\047z\361S\224\211\312\221\035\277H\nJ\025\032\266R\376W\025\373k\377\223k\026\304*\005\257\302\215\260\023\341t\372\047h|9\246\211P\3468\273d\047\033IKYk6\270\0336\342|\254\025\372=\334\217\026\343\274j\361\305\360\252\342\242*\377\014\024\224\025\257\351M@\354\325\360<\230(wi\224\315\005/\300\010\017\243\245h\0174\271\223\274\354=\356?\357\327\006{""\320\374\377\212K\305\033\317?G\2258\023W\222\251\261\014\303\033%\335\304\263Z\324\302\303h\023\234\222W\271\235\224G\036\010UA\016\005\264\024\037$\267\222\365\211l\267\342\302pi\265W\3565\006\371\001\314\257\004\255p\016\024\336\212\177\034.\375\001\307\342m\2775\310hV\271\005p\301l\274\234\\Mp*\364\004\365\223vPi\370\353\273/\345/Z\300;\341\026\364\36078]8\204^\376\013\035\343\244Q";
-    PyObject *data = __Pyx_DecompressString(cstring, 1518, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1520 bytes) */
+static const char cstring[] = "x\332eT\317s\3238\024\246CCC\033`\263[\266\205a\026\205\356l\013\013a2K\027\35020\245-?\227\266iZ:\354\305(\266\234\2108\222c\311I\323\003\323\243\217>\372\350\243\2179\346\230#\307\034s\344O\340O\330\0479\315v\226\314\304\262\344\367\364}\357{\237\204\260\343\021lu\021\366\010\262=B\020e\2103\202\\JL\202V\270\207\260\343 \204%jr!\0212\353\2301\342\010D\216(\314e\035\276P\211L\314P\035\267\311\355\277\320G\332\026\365&i\236\206\"G|D\016\004\013\324\321\321\002\262\010\300\301\013\200\371\202\254}\237C\231\315?\"\201\273\002U\273\220G\315:r=n\022!\210@+6\367LH\343\314\351\"j\243.\367Q\203\361NJ\207)\376\334V(M$$\367\210\002\222\034x\n\004 \334\203rY\027\n\362\310\355\273\360j\215\243\225\010xY\240\342\032\302\250Fx\223H\010\225c\322\214K\245\005\357\020k\r\255\251\242%n\300\326\317\266\271$i\324FW\3269S\301\026qh\225xX\022`(\244GMI<\025\304\320\356\326\356\275\007\217\036h\\\217|\"&\260\022~\325t\260\256\r\250T}\352H\220Fv]\"\212\350uZ #\304BP\205\013qg\023\2008C\202H]\3012\310\307%\226\2243\003\322)\253-#\213z\000B\333De\277\300\216 ElY\006\304\221S\271-*p\325!\204\251g\315\244\"}\263\306m)\022\317\343\2368\235\245\032\026\005=&\247k\367\307;\335\007(\356Y\242\350v\217\030G\036\347M\004\315\232\364Uq\364H\215\246*5\261\353BQ*@\271\020\330\352\226\256\201\326\223\014\345\254\252Jj\3626\261&\316\301\223\200\215t\334R\024O\337\2257\305\333\327\333\233\225\355\365w[\306\363\017\373[\225m^\361\315\3728bgw\377\365\316ve\347\375\326\336\213\277w\016\3674%\275\305\376\207\335q\202\241r+\206\261\333=\202\377&\264\320\330&Gr\217\330\2061\226\231\030\360\263}f\252\261\211)\323#\267|G\177a\270\251G\020\303hK\245\250\232\265|\354\234~\221DH\030\2500@6\356C\327\211\322\204Y\312\212Xt\231Iyq\362IT\251\254:\334lT\273\220h\202\033\305X\005\323\201\317\006\340K\017\233\244\212\315\206\351pA\324\003T5\271\005m\2018S\031C\230\2607\364^?-\365\305\202N\303v\236E\230\236\244\355\2661X\263\370\004\360\3003O\2135\302\310\221\353\331\224Y\372\370\301\243\211\245\241\\`s\037\026\341\366\250""\215\203N\017O\215\310\032\234F\n9p_H\322\234xh\314\2738\366K\003\"\034\0146\227\016mR\251\256\013\340\355p\314\004D\303I\022u\352\236\365]\023n\002\\\203\021n%\246\324\004\\\311A9\356\352\032\301,\236\r\207U\215\035\017\240]\360<\261\\\356\272~\025\266\257\023\253\345\023\237(\337\301\356c\373\245lR\257y\304u@K\017\226\r\354t\340*Rn\206\223a\301a\263\210\215}G\n\352\020&\323\203pL\014n\0138D\256p\270\024B\331C\335\020L\0023Y\367xGR\020\005\376\006\023jP\327\002<\340\220\373\014T\325\234|F\245\372\013\337\265 \337W5~\327\2026v|\242\037\242MIG\350\372<=\000\331\223\251\257\323\277D8:N\026zS\243\351\233\360\222\037M_\016\354p}4\235\r\262a&,\207VT\030e\347\206s7\243V|!vz\205^\251\267\331\2778\230\037\374\363\305\033\226+\303\312\301\360\340\375(7\017I\271\237C\034\266\243\362\327\334Oai4=\027<\010:\260\301J\\H\241\032I>)|\205\365G\341\263\270\020\227\342\215\270\225\\\352\275\357\227N\246\276e\317e\256\244\320\271@\343g\202\203\260\020\256E\207\361\026\360R\034\024\331V<\233,\367\026\372\347\373\245\376\253\301\306\240\245PIT\212\326\243\362\010p\037F\205h5\236\212o$\345\004\217r\371p!\232\212\362\212\214\002\371\341\\\346z4\017[\256O\n\2359\021A!x\034>\017\361({9\300\301Q(T\315\351\353\347\370Cb\366\362=%B\360$l\301f\327\343\207\300`\261\237\357\257\014\226\006\032tUa@\322\364lpO\305\000\322\374\244\234\231\223\343p\021(\300\216\2154jf8s\035h\226\2427q-9\354\275\324\245\254\217\262W\202vX\036e\240\376\3400|\033\211X\323h\252\342F\323\213\032\3436\250\366&\251\365\016\373\353\375\262\252\352\251\3322Z\003\2328\351\366\247\024\234\037l\004\2553\231gV\034\200\327]j}\273p.\223=\321\213\237\242LT\216\354\370ERP\252\320\260\225\362\277\252\330_\373\237\\\263 V)x\025n\204\235\010\247\323?A\343\3131M\2042\307\331%;\331HZ\312Z\263\301\335\260\021\347c\255\320\357\341~\264\030\347U\213/\206W\025\027U\371g\240\240\254xMo\002b\257\206\347\301D\271K\243l.x\001Fx\030-E{\240\311\235\344e\357q\377y\2776\330\203\346\377W\\*\336x\3769\252\304\231\270\222L\215e\030\336(\351&\236\325""\242\026\036F\233\340\224\274\312\355\244<\362@\250\nr(\240\245\370 \271\225\254Od\273\025\027\206K\253\275r\2571\310\017`~%h\205s\240\360V\374\343p\351\0178\026o\373\255AF\263\312-\200\013f\343\345\344j\202S\241\047\250\237\264\203J\303_\337})\177\321\002\336\t\267\240\207\277\301\351\302!\364\362_\374\206\246r";
+    PyObject *data = __Pyx_DecompressString(cstring, 1520, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1980 bytes) */
-static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\377sbitbloc\367kby6\000call\375s\211\206\004cline_\376}\000traceba\177ckclose\001\001\376\201`codecon\375n\203aonscre\327ate\000\003d\026\001de\377discarde\365n\047\001d\351Cfact\347s.<m\000\261`>.g\377enexprfi\373nd\372\205\002forma\273t_\202afou\022\000r\347eeg\036\004\265\205\005get\337gonei1\000exOitem\273f\301\207\004.\251d\335kS\000lay\377\000li\367mit\253\207\001ingl\377oansmemb\277ership\354im\177essages\222\210\001\371n\344!\232\000topen\353op\371\204\001s\252`rfl\333ow\004\001wrx\000pa\376\350\000dpoppub\377lishedqu\207eue\372\210\001[\000\370d\270\204\003r\275e\350arepl\311 r\377ing_alwa\373ys\312\204\001se""nds\377etdefaul\177tsilent\203\205\003\377ze_ofsle\177epslots\231\207\001\373nt\255`throw\357time\000\001_ns\370\007\001\216\207\001\367@ypeun\274\316 \212\002unit\000\001s\177updateu\333\001\276\355.value\000\002s_views\326\002r\002\002\377ing\200\001\340\004\036\377\230a\230z\250\027\260\001\367\330\004\037\006\000\021\330\004\016\377\210f\220A\330\004\010\210\377\010\220\005\220Q\220d\230\377!\330\010\013\320\013\037\230\377q\240\006\240l\260!\260\3771\260D\270\t\300\024\300\377Z\310r\320QS\320S\177U\320UV\330\014\0242\000\377\014\026\220a\220v\230Q\377\340\014\023\2201\330\004\013\357\2104\210w>\000(\240!~e\003k\250\021\250!\340\025\000\3778\220?\240!\2401\240\377C\240q\250\r\260V\270\3771\200\001\360\010\000\005\017\366u\003\014\210{\002\005\210U\220\377!\220:\230W\240E\250\371\021\177\002\251\001q\240\n\250\047\377\260\027\270\003\2701\270H\337\300C\300q\330s\000e\230\2771\230A\230Q\330u\0007\377\230!\2305\240\001\240\034\377\250Q\250a\330\014\021\220o\027\230\001\230\324\000\013\210a\001\277\020\000\005\032\230\024P\000A\376\340\006\007\200s\210!\2109\377\220B\220a\330\010\016\210\237a\210x\220s\360\001\005\003~\177\240Y\250c\260\021\260\201!\357\210<\220qJ\000\032\2407\376\177\000\030\270\021\270(\300#\345\300p\0025`\001\246 \004\n\210\351- \001\314\000\024\306\006\007\200zs\220\030\200\000Z\000k\230\021\"\001\357\007\320\007\032\244\0001\230J\277\240g\250W\260G\306\002A\377\330\010\017\210v\220Q\330\375\005\375\000\210W\220K\230s\335\240\370 \016\210m\331\001\330\004\365\030_\002)\263 J\250g\260_W\270A\270Q\337!>O\001{\230:\244\000a\250y\270\304@\177\007\200u\210C\210q\310\001\3443\004\007\010l\313@\241Bq\360\006\357\000\005\010\200\"\002j\230\005\377\230Q\230f\240F\250!\256\373Ai\220q\272\003\025\204a\031\372\240,\n\252 1\210H\220C\337\220w\230a\330\356\000!\210}6\341 \016\240i\250s\231a\276\007\tf\250C\250q\327a\n?\210,\220k\240\021\315\000\237 \277+\220T\230\030\240\347`\010\317\210\t\220\025\257`\251\000\017\210\351~\200\000\207\204\001\031@\002\010""\013\210\3675\220\003\302`\014\r\330\010\367\014\210F\206`7\230#\230\375R\221 *\250G\2609\270_B\270g\300R\372@\004\346\006\374\267#\t\004~\230S\240\005\240wS\250\001\200$\320\0341\300B\376%\007\016\210g\220W\230D\\\247`\331`\017\210w\202\003\021\216\000\371b\214 e\001#\240U\250\"\355\250\224@\016\210\262\"\"\240!\377\320#5\260Q\260k\300\377\021\300!\330\014\017\210q\373\220\013\366`E\240\022\320#\3773\2601\260K\270q\300\355\005\221\002\014\027\247`\n\240\047O\250\025\250a\343#\213Fj\275b\1771\320$M\310Q\310\274\"\367*\220E\224`&\240\006\240\003a\220\234`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1980, 2404);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1985 bytes) */
+static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\377sbitbloc\367kby6\000call\375s\211\206\004cline_\376}\000traceba\177ckclose\001\001\376\201`codecon\375n\203aonscre\327ate\000\003d\026\001de\377discarde\365n\047\001d\351Cfact\347s.<m\000\261`>.g\377enexprfi\373nd\372\205\002forma\273t_\202afou\022\000r\347eeg\036\004\265\205\005get\337gonei1\000exOitem\273f\301\207\004.\251d\335kS\000lay\377\000li\367mit\253\207\001ingl\377oansmemb\277ership\354im\177essages\222\210\001\371n\344!\232\000topen\353op\371\204\001s\252`rfl\333ow\004\001wrx\000pa\376\350\000dpoppub\377lishedqu\207eue\372\210\001[\000\370d\270\204\003r\275e\350arepl\311 r\377ing_alwa\373ys\312\204\001se""nds\377etdefaul\177tsilent\203\205\003\377ze_ofsle\377epslotssotate\236\207\001nt\262`\377throwtim\035e\000\001_ns\007\001\223\207\001\374@\237ypeun\323 \217\002u\367nit\000\001supd\317ateu\340\001\362.va\367lue\000\002svie\353ws\333\002r\002\002ing\377\200\001\340\004\036\230a\230\377z\250\027\260\001\330\004\037\376\006\000\021\330\004\016\210f\220\377A\330\004\010\210\010\220\005\377\220Q\220d\230!\330\010\377\013\320\013\037\230q\240\006\377\240l\260!\2601\260D\377\270\t\300\024\300Z\310r\377\320QS\320SU\320U\357V\330\014\0242\000\014\026\220\377a\220v\230Q\340\014\023\377\2201\330\004\013\2104\210\335w>\000(\240!e\003k\250\357\021\250!\340\025\0008\220?\377\240!\2401\240C\240q\377\250\r\260V\2701\200\001\337\360\010\000\005\017u\003\014\210\376{\002\005\210U\220!\220:?\230W\240E\250\021\177\002\251\001\377q\240\n\250\047\260\027\270\377\003\2701\270H\300C\300\373q\330s\000e\2301\230A\367\230Q\330u\0007\230!\230\3775\240\001\240\034\250Q\250\377a\330\014\021\220\027\230\001\355\230\324\000\013\210a\001\020\000\005\327\032\230\024P\000A\340\006\007\200\377s\210!\2109\220B\220\377a\330\010\016\210a\210x\363\220s\360\001\005\003~\240Y\250\357c\260\021\260\201!\210<\220\335qJ\000\032\2407\177\000\030\270\277\021\270(\300#\300p\0025<`\001\246 \004\n\210- \001\314\000}\024\306\006\007\200z\220\030\200\000\356Z\000k\230\021\"\001\007\320\007\375\032\244\0001\230J\240g\250\367W\260G\306\002A\330\010\017\277\210v\220Q\330\005\375\000\210\277W\220K\230s\240\370 \016\273\210m\331\001\330\004\030_\002)\376\263 J\250g\260W\270Ak\270Q\337!>O\001\230:\244\000\357a\250y\270\304@\007\200u\217\210C\210q\310\0013\004\007\010l\374\313@\241Bq\360\006\000\005\010\375\200\"\002j\230\005\230Q\230\337f\240F\250!\373Ai\220Uq\272\003\025\204a\031\240,\n\252 \3771\210H\220C\220w\230\273a\330\356\000!\2106\341 \016\317\240i\250s\231a\007\tf\250\367C\250q\327a\n\210,\220\347k\240\021\315\000\237 +\220T\367\230\030\240\347`\010\210\t\2209\025\257`\251\000\017\210~\200\000\207\204\001\375\031@""\002\010\013\2105\220\003\376\302`\014\r\330\010\014\210F\276\206`7\230#\230R\221 *\377\250G\2609\270B\270g\213\300R\372@\004\346\006\267#\t\004~\377\230S\240\005\240S\250\001\316\200$\320\0341\300B%\007\016\210\237g\220W\230D\247`\331`\017+\210w\202\003\021\216\000b\214 e\001\277#\240U\250\"\250\224@\016\375\210\262\"\"\240!\320#5\377\260Q\260k\300\021\300!\177\330\014\017\210q\220\013\366`\377E\240\022\320#3\2601\277\260K\270q\300\005\221\002\014\375\027\247`\n\240\047\250\025\250\351a\343#\213Fj\275b1\320$\357M\310Q\310\274\"*\220E~\224`&\240\006\240a\220\234`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1985, 2409);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2404 bytes) */
-static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpoppublishedqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotstakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005""\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250""\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2409 bytes) */
+static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpoppublishedqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010""\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U""\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 130; i++) {
+    for (int i = 0; i < 131; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
@@ -12046,8 +12059,8 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 130; i < 138; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-130].length;
+    for (int i = 131; i < 139; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-131].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12057,14 +12070,14 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 138; i++) {
+    for (Py_ssize_t i = 0; i < 139; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 130;
+      PyObject **table = stringtab + 131;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12159,12 +12172,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 123};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 124};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 219};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 220};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -12184,17 +12197,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 136};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 137};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_padded, __pyx_mstate->__pyx_n_u_encoded};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 154};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 155};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_channel_2};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 245};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 246};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -118,6 +118,7 @@ cdef dict facts(ivshmem_record *record):
     g = record.geometry
     return {
         "index": record.index,
+        "state": record.state,
         "name": (<bytes>record.name).decode(errors="replace"),
         "kind": _NAMES.get(g.kind, "?"),
         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),

@@ -2909,6 +2909,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*check_there)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);

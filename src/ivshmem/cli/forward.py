@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from typing import Any
 
 from .. import channel
 from ..channel.geometry import check_name
@@ -22,7 +24,9 @@ from ..forward.config import (
     problems,
 )
 from ..forward.forwarder import Forwarder
+from ..forward.listening import Sockets
 from ..memory.sizes import format_size, parse_size
+from ..peer.endpoint import Endpoint
 from ..system.systemd import Notifier
 from ..text import counted
 from . import daemon, endpoints, signals
@@ -31,6 +35,7 @@ from .log_writer import LogWriter
 from .run import Parser
 
 _NAME = "ivshmem forward"  # of this process in the table of places
+_SHORTEST = 0.5  # seconds from one Forwarder to the next
 _OF_ONE = ("connect", "listen", "stdio", "mode", "connections", "buffer")
 
 
@@ -201,38 +206,106 @@ def _run(options: argparse.Namespace) -> int:
     with (
         signals.held(for_good=not stdio),
         LogWriter(sys.stderr, level),
-        endpoints.opened(options) as endpoint,
-        channel.open(endpoint, name=_NAME) as channels,
-        Forwarder(
-            channels,
-            () if stdio else configs,
-            silence=SILENCE if options.silence is None else options.silence,
-        ) as forwarder,
+        contextlib.ExitStack() as place,
     ):
-        relay = forwarder.connect_stdio(stdio[0]) if stdio else None
-        with _told(forwarder, len(configs)), signals.calling(forwarder.stop):
-            forwarder.run()
-        if relay is not None and not relay.over:
-            return 1  # who interrupts it knows; ssh does so, by SIGHUP, when a session is over
-        if relay is not None and relay.failed:
-            raise ChannelError(f"forward {stdio[0]}: the connection ended early: {relay.failed}")
+        endpoint: Endpoint = place.enter_context(endpoints.opened(options))
+        if stdio:
+            return _run_stdio(options, endpoint, stdio[0])
+        with Sockets() as sockets, _Service(len(configs)) as service:
+            with signals.calling(service.stop):
+                forwarder = None
+                while True:
+                    with (
+                        channel.open(endpoint, name=_NAME) as channels,
+                        _forwarder(
+                            options, endpoint, channels, configs, sockets, forwarder
+                        ) as forwarder,
+                    ):
+                        following = service.run(forwarder, endpoint)
+                    if following is None:
+                        break
+                    if following is not endpoint:
+                        place.close()
+                        endpoint = place.enter_context(following)
     return 0
 
 
-@contextlib.contextmanager
-def _told(forwarder: Forwarder, number: int) -> Iterator[None]:
-    """Tell the service manager that the forwards have begun, that they live, and that they end."""
-    notifier = Notifier.from_environment()
+def _forwarder(options: argparse.Namespace, *what: Any) -> Forwarder:
+    endpoint, channels, configs, sockets, former = what
+    silence = SILENCE if options.silence is None else options.silence
+    return Forwarder(endpoint, channels, configs, sockets, silence=silence, former=former)
 
-    def live() -> None:
-        notifier.watchdog()
-        forwarder.turns.after((notifier.watchdog_seconds or 0) / 2, live)
 
-    try:
-        if notifier.watchdog_seconds:
+def _run_stdio(options: argparse.Namespace, endpoint: Endpoint, name: str) -> int:
+    with (
+        Sockets() as sockets,
+        channel.open(endpoint, name=_NAME) as channels,
+        _forwarder(options, endpoint, channels, (), sockets, None) as forwarder,
+    ):
+        relay = forwarder.connect_stdio(name)
+        with signals.calling(forwarder.stop):
+            forwarder.run()
+        if not relay.over:
+            return 1  # who interrupts it knows; ssh does so, by SIGHUP, when a session is over
+        if relay.failed:
+            raise ChannelError(f"forward {name}: the connection ended early: {relay.failed}")
+    return 0
+
+
+class _Service:
+    """One Forwarder after the other, as a service manager sees them: that they begin, live and end.
+
+    Args:
+        number: of forwards.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._status = counted(number, "forward")
+        self._notifier = Notifier.from_environment()
+        self._forwarder: Forwarder | None = None
+        self._is_ready = False
+        self._stopping = False
+
+    def run(self, forwarder: Forwarder, endpoint: Endpoint) -> Endpoint | None:
+        """Run it until `stop` is called, or another one is to continue: at which endpoint.
+
+        Args:
+            endpoint: whose channels it uses.
+        """
+        began = time.monotonic()
+
+        def live() -> None:
+            self._notifier.watchdog()
+            forwarder.turns.after((self._notifier.watchdog_seconds or 0) / 2, live)
+
+        if self._notifier.watchdog_seconds:
             live()
-        notifier.ready(counted(number, "forward"))
-        yield
-        notifier.stopping()
-    finally:
-        notifier.close()
+        if not self._is_ready:
+            self._is_ready = True
+            self._notifier.ready(self._status)
+        self._forwarder = forwarder
+        try:
+            if not self._stopping:
+                forwarder.run()
+        finally:
+            self._forwarder = None
+        following = forwarder.next
+        if self._stopping or following is None:
+            self._notifier.stopping()
+            if following is not None and following is not endpoint:
+                following.close()
+            return None
+        time.sleep(max(began + _SHORTEST - time.monotonic(), 0))  # whoever is to blame for it
+        return following
+
+    def stop(self) -> None:
+        """End; called by a signal handler."""
+        self._stopping = True
+        if self._forwarder is not None:
+            self._forwarder.stop()
+
+    def __enter__(self) -> _Service:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._notifier.close()

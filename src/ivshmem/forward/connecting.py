@@ -57,14 +57,23 @@ class Connecting(Uncopied):
         self._spare: socket.socket | None = None  # for the next connection
         self._paused = False
         self._dials: set[_Dial] = set()
-        self.channel = open_channel()  # last: it stays when something else fails
+        self._open_channel = open_channel
+        self._listen()  # last: the channel stays when something else fails
+
+    def _listen(self) -> None:
+        self.channel = self._open_channel()
         self._listener = self.channel.listen()
         try:
-            self._sleeper = turns.poll.add(self._listener, self)
+            self._sleeper = self._turns.poll.add(self._listener, self)
         except BaseException:
             self._listener.close()
             raise
-        turns.due(self)
+        self._turns.due(self)
+
+    def open_again(self) -> None:
+        """Find or make the channel again, and listen: it was removed."""
+        self._stop_listening()
+        self._listen()
 
     def awaken(self, directions: int) -> None:
         """Have a turn."""
@@ -102,12 +111,15 @@ class Connecting(Uncopied):
         if self._complaints.is_due(text):
             _log.warning("%s: %s", self._name, text)
 
-    def close(self) -> None:
-        """Accept no more; may be called twice."""
+    def _stop_listening(self) -> None:
         self._sleeper.close()
         self._listener.close()
         for dial in list(self._dials):
             dial.give_up()
+
+    def close(self) -> None:
+        """Accept no more; may be called twice."""
+        self._stop_listening()
         if self._spare is not None:
             self._spare.close()
 

@@ -1,7 +1,7 @@
 """Internal: the forwards of a process: they begin together, share a loop, and end together.
 
-Knows: which connections there are, and how long the other side may be silent. Does not know: how
-each is made.
+Knows: which connections there are, how long the other side may be silent, and when all is to begin
+again in another memory. Does not know: how each is made.
 """
 
 from __future__ import annotations
@@ -13,54 +13,90 @@ from functools import partial
 
 from ..channel import Bytes, Channels
 from ..channel.streams import Stream
+from ..errors import ClosedError
+from ..peer.endpoint import Endpoint
 from ..system import late_logging
 from ..system.uncopied import Uncopied
 from ..text import counted
 from . import rings
 from .config import SILENCE, ForwardConfig
 from .connecting import Connecting
-from .listening import Listening
+from .listening import Listening, Sockets
 from .plugs import SocketPlug, StdioPlug
 from .relay import SocketRelay
+from .server_watch import ServerWatch
 from .turns import Turns
 
 _log = late_logging.log_of("ivshmem.forward")
+
+_LOOK = 1.0  # seconds between two looks whether a channel was removed
 
 
 class Forwarder(Uncopied):
     """All forwards of a process. A context manager; its end resets the connections.
 
+    A removed channel is found or made again.
+
     Args:
+        endpoint: whose the channels are.
+        sockets: where forwards listen.
+        former: the one that this one continues.
         silence: seconds without a sign of life of the other side's process, or of its machine,
             after which a connection is reset. (A process of this machine that has ended is known to
             be gone within a second or two.)
 
     Raises:
         ChannelError, ChannelTypeError, OSError: one forward cannot begin; none has.
+
+    Attributes:
+        next: after `run`: another Forwarder is to continue in the channels of this endpoint, which
+            is the caller's; None: no other one.
     """
 
     def __init__(
-        self, channels: Channels, configs: Sequence[ForwardConfig], *, silence: float = SILENCE
+        self,
+        endpoint: Endpoint,
+        channels: Channels,
+        configs: Sequence[ForwardConfig],
+        sockets: Sockets,
+        *,
+        silence: float = SILENCE,
+        former: Forwarder | None = None,
     ) -> None:
+        self.next: Endpoint | None = None
+        self._sizes: dict[str, rings.Sizes] = {} if former is None else former._sizes
+        self._endpoint = endpoint
         self._channels = channels
+        self._sockets = sockets
         self._silence = silence
         self._relays: dict[int, SocketRelay] = {}
-        self._listening: list[Listening] = []
+        self._sides: dict[str, Listening | Connecting] = {}
         self._stdio: SocketRelay | None = None
         with contextlib.ExitStack() as undo:
             self.turns = Turns(channels)
             undo.callback(self.turns.close)
             undo.callback(self._reset_all)
             for config in configs:
-                undo.callback(self._begin(config).close)
+                side = self._begin(config)
+                undo.callback(side.close)
+                self._sides[config.name] = side
             self.turns.after(silence / 4, self._look_for_silent)
+            self.turns.after(_LOOK, self._look_for_removed)
+            if configs:
+                ServerWatch(
+                    self.turns,
+                    endpoint,
+                    channels,
+                    is_idle=lambda: not self._relays,
+                    leave=self._continue_at,
+                )
             self._undo = undo.pop_all()
 
     def _begin(self, config: ForwardConfig) -> Listening | Connecting:
-        open_channel = partial(rings.opened, self._channels, config)
+        open_channel = partial(rings.opened, self._channels, config, self._sizes)
         if config.listen is not None:
-            listening = Listening(self.turns, open_channel, config, self._join)
-            self._listening.append(listening)
+            sockets = self._sockets.of(config)
+            listening = Listening(self.turns, sockets, open_channel, config, self._join)
             _log.info("%s: listens at %s", config.name, listening.where)
             return listening
         connecting = Connecting(self.turns, open_channel, config, self._join)
@@ -75,7 +111,9 @@ class Forwarder(Uncopied):
     ) -> SocketRelay:
         # Half of a ring: while one side fills that, the other one empties the rest.
         piece = max(channel.slots // 2, 1)
-        relay = SocketRelay(self.turns, stream, plug, piece=piece, name=name, on_end=self._ended)
+        relay = SocketRelay(
+            self.turns, channel, stream, plug, piece=piece, name=name, on_end=self._ended
+        )
         self._relays[id(relay)] = relay
         _log.debug("%s: connected, %s", name, counted(len(self._relays), "connection"))
         return relay
@@ -113,8 +151,9 @@ class Forwarder(Uncopied):
             f"reset ({relay.failed})" if relay.failed else "closed",
             *relay.moved,
         )
-        for listening in self._listening:
-            listening.resume()  # somebody can wait for a connection to become free
+        for side in self._sides.values():
+            if isinstance(side, Listening):
+                side.resume()  # somebody can wait for a connection to become free
         if relay is self._stdio:
             self.turns.stop()
 
@@ -124,24 +163,49 @@ class Forwarder(Uncopied):
                 relay.reset(f"the other side has been silent for {seconds:.0f} s")
         self.turns.after(self._silence / 4, self._look_for_silent)
 
+    def _look_for_removed(self) -> None:
+        """Take in that channels were removed, as a user can do by force."""
+        removed = set()
+        for relay in list(self._relays.values()):
+            if relay.channel not in removed and not relay.channel._is_there():
+                removed.add(relay.channel)
+            if relay.channel in removed:
+                relay.reset("the channel was removed")
+        for name, side in self._sides.items():
+            if not side.channel._is_there():
+                _log.warning("%s: the channel was removed: it is opened again", name)
+                side.open_again()
+        self.turns.after(_LOOK, self._look_for_removed)
+
+    def _continue_at(self, endpoint: Endpoint) -> None:
+        self.next = endpoint
+        self.turns.stop()
+
     def _reset_all(self) -> None:
         for relay in list(self._relays.values()):
             relay.reset("this side ends")
 
     def run(self) -> None:
-        """Forward until `stop` is called.
+        """Forward until `stop` is called, or another one is to continue.
 
         Raises:
-            ClosedError: the channels are closed, or another process freed this one's place.
+            ClosedError: the channels are closed; with --stdio, another process freed this one's
+                place.
         """
-        self.turns.run()
+        try:
+            self.turns.run()
+        except ClosedError as error:
+            if not self._sides or self._endpoint.closed or not self._channels.closed:
+                raise
+            _log.warning("%s; that is done, and connections are reset", error)
+            self.next = self._endpoint
 
     def stop(self) -> None:
         """Let `run` return; from any thread or signal handler."""
         self.turns.stop()
 
     def close(self) -> None:
-        """Listen no more, and reset the connections; may be called twice."""
+        """Accept no more, and reset the connections; may be called twice."""
         self._undo.close()
 
     def __enter__(self) -> Forwarder:

@@ -33,19 +33,51 @@ BATCH = 16  # that are accepted in a turn
 Join = Callable[[Bytes, Stream, socket.socket, str], object]
 
 
+class Sockets(Uncopied):
+    """The listening sockets of all forwards of a process; a context manager.
+
+    They outlive a Forwarder: while the next one begins, those who connect wait in their queues.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[str, list[socket.socket]] = {}
+        self._undo = contextlib.ExitStack()
+
+    def of(self, config: ForwardConfig) -> list[socket.socket]:
+        """Return the sockets of a forward, which stay this object's; they do not block.
+
+        Raises:
+            OSError: the address cannot be listened at, with the address.
+        """
+        if config.name not in self._opened:
+            with contextlib.ExitStack() as undo:
+                self._opened[config.name] = _listen(config, undo)
+                self._undo.push(undo.pop_all())
+        return self._opened[config.name]
+
+    def __enter__(self) -> Sockets:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+
 class Listening(Uncopied):
     """Listening sockets at an address.
 
     Args:
+        sockets: they stay the caller's.
         open_channel: finds or makes the channel.
         join: makes a relay of a connection of the channel and a socket, and owns both.
-
-    Raises:
-        OSError: the address cannot be listened at, with the address.
     """
 
     def __init__(
-        self, turns: Turns, open_channel: Callable[[], Bytes], config: ForwardConfig, join: Join
+        self,
+        turns: Turns,
+        sockets: list[socket.socket],
+        open_channel: Callable[[], Bytes],
+        config: ForwardConfig,
+        join: Join,
     ) -> None:
         self._turns = turns
         self._name = config.name
@@ -55,8 +87,9 @@ class Listening(Uncopied):
         self._held: tuple[socket.socket, str] | None = None  # accepted, and no connection is free
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
-            self.sockets = _listen(config, undo)
-            self._channel = open_channel()  # last: it stays when something else fails
+            self.sockets = list(sockets)
+            self._open_channel = open_channel
+            self.channel = open_channel()
             for sock in self.sockets:
                 turns.poller.watch(sock.fileno(), lambda: turns.due(self))
                 undo.callback(turns.poller.unwatch, sock.fileno())
@@ -100,7 +133,7 @@ class Listening(Uncopied):
         """Connect a socket through the channel; False: there is no room, and it is held."""
         self._held = None
         try:
-            stream = self._channel.connect()
+            stream = self.channel.connect()
         except ConnectionRefusedError:
             reset(sock)
             self._complain(
@@ -120,7 +153,7 @@ class Listening(Uncopied):
         except BaseException:
             reset(sock)
             raise
-        self._join(self._channel, stream, sock, who)
+        self._join(self.channel, stream, sock, who)
         return True
 
     def _complain(self, kind: str, text: str) -> None:
@@ -142,8 +175,12 @@ class Listening(Uncopied):
                 self._turns.poller.watch_for(sock.fileno(), select.EPOLLIN)
             self._turns.due(self)
 
+    def open_again(self) -> None:
+        """Find or make the channel again: it was removed."""
+        self.channel = self._open_channel()
+
     def close(self) -> None:
-        """Listen no more; may be called twice."""
+        """Accept no more; may be called twice."""
         self.sockets = []
         if self._held is not None:
             reset(self._held[0])
@@ -152,7 +189,11 @@ class Listening(Uncopied):
 
 
 def _listen(config: ForwardConfig, undo: contextlib.ExitStack) -> list[socket.socket]:
-    """Return listening sockets that do not block; `undo` closes them."""
+    """Return listening sockets that do not block; `undo` closes them.
+
+    Raises:
+        OSError: the address cannot be listened at, with the address.
+    """
     address = config.listen
     assert address is not None
     if address.path and address.path[0] != "@":

@@ -24,6 +24,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from ..channel import Bytes
 from ..channel.pumps import (
     HAS_MORE,
     HUNG_UP,
@@ -50,6 +51,7 @@ class SocketRelay(Uncopied):
 
     Args:
         piece: bytes that one system call moves at most.
+        channel: of the stream.
         name: of the connection, for the log.
         on_end: called with the relay when both are closed.
 
@@ -60,6 +62,7 @@ class SocketRelay(Uncopied):
     def __init__(
         self,
         turns: Turns,
+        channel: Bytes,
         stream: Stream,
         plug: SocketPlug | StdioPlug,
         *,
@@ -68,6 +71,7 @@ class SocketRelay(Uncopied):
         on_end: Callable[[SocketRelay], object],
     ) -> None:
         self.name = name
+        self.channel = channel
         self.failed = ""
         self.over = False
         self._turns = turns

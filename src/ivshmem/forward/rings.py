@@ -6,15 +6,28 @@ Knows: how large it is. Does not know: what passes through it.
 from __future__ import annotations
 
 from ..channel import Bytes, Channels
+from ..channel.kinds import Channel
 from ..errors import ChannelError, ChannelExists, ChannelTypeError, NoSuchChannel
 from ..memory.sizes import format_size
+from ..system.named_tuple import NamedTuple
 from .config import BUFFER, CONNECTIONS, ForwardConfig
 
 _LISTENERS = 8  # a guest that was started anew listens while its former place is still taken
 
 
-def opened(channels: Channels, config: ForwardConfig) -> Bytes:
+class Sizes(NamedTuple):
+    """Of a channel: how many connections, and the bytes that each holds in each direction."""
+
+    connections: int
+    buffer: int
+
+
+def opened(channels: Channels, config: ForwardConfig, former: dict[str, Sizes]) -> Bytes:
     """Return the channel of a forward; make it if there is none.
+
+    Args:
+        former: by name, the sizes that channels had, which they are made with if they are gone. So
+            it does not matter which side comes back first. Changed by this call.
 
     Raises:
         ChannelTypeError: there is one of that name, of another kind or of other sizes than those
@@ -26,7 +39,7 @@ def opened(channels: Channels, config: ForwardConfig) -> Bytes:
             found = channels.open(config.name, "bytes")
         except NoSuchChannel:
             try:
-                return _made(channels, config)
+                found = _made(channels, config, former)
             except ChannelExists:
                 continue  # the other side was quicker
         assert isinstance(found, Bytes)
@@ -39,12 +52,14 @@ def opened(channels: Channels, config: ForwardConfig) -> Bytes:
                     f"forward {config.name}: {what} {wanted}: the channel is there with {there};"
                     f" omit --{what}, or remove the channel: `ivshmem channel rm {config.name}`"
                 )
+        former[config.name] = Sizes(found.connections, found.slots)
         return found
 
 
-def _made(channels: Channels, config: ForwardConfig) -> Bytes:
-    connections = config.connections or CONNECTIONS
-    buffer = config.buffer or BUFFER
+def _made(channels: Channels, config: ForwardConfig, former: dict[str, Sizes]) -> Channel:
+    sizes = former.get(config.name, Sizes(CONNECTIONS, BUFFER))
+    connections = config.connections or sizes.connections
+    buffer = config.buffer or sizes.buffer
     try:
         return channels.create_bytes(
             config.name, buffer=buffer, connections=connections, listeners=_LISTENERS
