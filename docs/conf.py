@@ -90,23 +90,29 @@ class HelpOf(Directive):
 
 
 def _take_in(app: Sphinx, name: str, source: list[str]) -> None:
-    """Put the file that a page includes in its place, its links as seen from there.
+    """Put the file that a page includes in its place, and let links lead to such places.
 
     The directive `include` of MyST leaves links between such files as they are.
     """
     folder = (HOME / "docs" / name).parent
 
+    def linked(text: str, home: Path) -> str:
+        def link_of(link: re.Match[str]) -> str:
+            target = (home / link[1]).resolve()
+            return f"]({os.path.relpath(PLACES.get(target, target), folder)}{link[2]})"
+
+        return re.sub(r"\]\(([^)#\s:]+)((?:#[^)]*)?)\)", link_of, text)
+
     def text_of(match: re.Match[str]) -> str:
         file = (folder / match[1]).resolve()
         app.env.note_dependency(str(file), docname=name)
+        return linked(file.read_text(), file.parent)
 
-        def link_of(link: re.Match[str]) -> str:
-            target = (file.parent / link[1]).resolve()
-            return f"]({os.path.relpath(PLACES.get(target, target), folder)}{link[2]})"
-
-        return re.sub(r"\]\(([^)#\s:]+)((?:#[^)]*)?)\)", link_of, file.read_text())
-
-    source[0] = re.sub(r"^```{include} (\S+)\n```$", text_of, source[0], flags=re.MULTILINE)
+    include = re.compile(r"^```{include} (\S+)\n```$", re.MULTILINE)
+    if include.search(source[0]):
+        source[0] = include.sub(text_of, source[0])
+    else:
+        source[0] = linked(source[0], folder)
 
 
 def _named_as_known(*arguments: Any) -> None:

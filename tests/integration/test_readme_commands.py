@@ -107,6 +107,7 @@ class Session:
             free.bind(("127.0.0.1", 0))
             text = re.sub("9400|2222|8080", str(free.getsockname()[1]), text)
         text = re.sub(r"/etc/ivshmem(-forward)?\.toml", f"{self.folder}/file.toml", text)
+        text = re.sub(r"/tmp/example\.sock\b", f"{self.folder}/ivshmem.sock", text)
         text = re.sub(r"/run/ivshmem/", f"{self.folder}/", text)
         text = re.sub(r"/run/", f"{self.folder}/", text)
         text = re.sub(r"(gid:|group )kvm|(?<=group = \")kvm", rf"\g<1>{group}", text)

@@ -218,6 +218,18 @@ def test_rooms_stand_on_one_another() -> None:
     assert all((path / "__init__.py").exists() for path in folders)
 
 
+def test_the_table_of_the_architecture_fits_this_one() -> None:
+    """A room's line names rooms that it may import, and all others stand below one of those."""
+    page = (HOME.parents[1] / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| `(\w+)(?:/|\.pyx?)` \|.*\| ?([^|]*?) ?\|$", page, re.MULTILINE)
+    assert {*ROOMS} - {room for room, _ in rows} == {"config", "control", "__main__"}
+    for room, cell in rows:
+        allowed = {*ROOMS[room].split()}
+        named = allowed if cell == "everything" else {*re.findall(r"\w+", cell)} - {"and", "below"}
+        below = named.union(*(ROOMS[name].split() for name in named))
+        assert named <= allowed <= below, f"{room}: {sorted(named ^ allowed)}"
+
+
 def test_no_circle_in_a_room() -> None:
     after = {
         name: {

@@ -38,7 +38,7 @@ from .wire import Deadline, Wire
 
 _T = TypeVar("_T")
 
-# A boot takes 2 seconds, and several times that where others keep the machine busy.
+# A boot takes six seconds of a processor, and several times that where the machine is busy.
 BOOT_TIMEOUT = 60.0
 TIMEOUT = 20.0
 TAIL = 25  # lines of each log in a failure message

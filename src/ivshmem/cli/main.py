@@ -25,7 +25,8 @@ SUBCOMMANDS = {
     ),
     "channel": (
         "channel",
-        "messages, queues, values and calls of a region: list, send, follow, measure, remove",
+        "messages, queues, values, calls and bytes of a region: list, send, follow, measure,"
+        " record, replay, remove",
     ),
     "forward": (
         "forward",

@@ -29,8 +29,10 @@ def open_device(
         address: such as "0000:00:04.0", or "00:04.0".
         access: "vfio" (has interrupts; needs an IOMMU in the guest), "noiommu" (vfio without an
             IOMMU, if the kernel has that mode), "uio" (if a UIO driver for ivshmem has the device;
-            one vector) or "sysfs" (no interrupts, no driver). None: the first of them that works
-            here. If none has interrupts, `wait` raises NoInterrupts, which says why.
+            one vector) or "sysfs" (no interrupts, no driver). None: "uio" if such a driver has the
+            device; else "vfio" or "noiommu" if they are there; else "sysfs". A plain device, which
+            has no interrupts, is opened by "sysfs" before these two, except under lockdown or if
+            vfio has it. If there are no interrupts, `wait` raises NoInterrupts, which says why.
         memory: how the shared memory is mapped. Through "vfio" or "uio", or by sysfs's "resource2":
             these are uncached, so that peers see stores at once and in order; bulk copies are slow
             if the host applies the guest's memory type. Or by "resource2_wc": bulk writes are
