@@ -133,7 +133,6 @@ def _serve(options: argparse.Namespace, ready: daemon.TellReady) -> int:
         from .supervise import supervise  # here: few servers have a supervisor
 
         return supervise(options, ready)
-    from .serve_process import plan_of, serve  # here: a supervisor stays small without it
+    from .serve_process import plan_and_serve  # here: a supervisor stays small without it
 
-    plan = plan_of(options)
-    return 0 if plan is None else serve(plan, ready)
+    return plan_and_serve(options, ready)

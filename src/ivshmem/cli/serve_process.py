@@ -29,14 +29,14 @@ from ..service.config import ServiceConfig
 from ..service.managed import Manager, keeping, telling
 from ..service.open_region import holders_of_removed
 from ..service.service import Service
-from ..system import late_logging
+from ..system import late_logging, systemd
 from ..system.listener import Listener
 from ..system.named_tuple import NamedTuple
 from ..text import counted
 from . import daemon, pid_file, signals
 from .arguments import check_no_region, region_of
 from .log_writer import LogWriter, say_as, tell_peer
-from .run import one_line, write_errors_as
+from .run import fail, one_line, write_errors_as
 from .writing import show
 
 TYPE_CHECKING = False
@@ -51,6 +51,9 @@ _log = late_logging.log_of("ivshmem.serve")
 _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # roughly, without those of peers
 _FDS_TO_START = 18  # to open one region and its control socket, and to import what that needs
 _FEW_PEERS = 100
+
+# To a service manager: do not try again (RestartPreventExitStatus=). EX_CONFIG of sysexits(3).
+EXIT_FIRST_START = 78
 
 _TRIES = 3  # children that are killed before they serve, until the start has failed
 
@@ -81,13 +84,16 @@ def _configured(found: ServiceConfig, options: argparse.Namespace) -> ServiceCon
     return found._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def plan_of(options: argparse.Namespace) -> ServePlan | None:
+def plan_of(options: argparse.Namespace, manager: Manager | None = None) -> ServePlan | None:
     """Return what the options say; None after --check, which has printed it.
+
+    Args:
+        manager: of this process; None: as the environment says.
 
     Raises:
         OSError, ValueError: nothing can be served that way.
     """
-    manager = Manager.from_environment()
+    manager = manager or Manager.from_environment()
     _check_restarts(options, manager)
     if options.config is not None:
         check_no_region(options)
@@ -164,6 +170,39 @@ def plan_of_successor(load: Callable[[], ServiceConfig]) -> ServePlan:
             load,
             notice=f"the configuration is not applied, all stays as it was: {one_line(error)}",
         )
+
+
+def plan_and_serve(options: argparse.Namespace, ready: Callable[[], None]) -> int:
+    """Serve as the options say, and return the exit status.
+
+    The service manager hears why a first start fails, and by the exit status, that another try is
+    of no use. A process that continues where another was ends with 1: it is worth another try,
+    because the manager still has the peers.
+    """
+    address = systemd.address()
+    manager = Manager.from_environment()
+    began = not manager.notifier.active or manager.journal is not None
+
+    def begun() -> None:
+        nonlocal began
+        began = True
+        ready()
+
+    try:
+        with contextlib.ExitStack() as unplanned:
+            unplanned.enter_context(manager)
+            plan = plan_of(options, manager)
+            if plan is None:
+                return 0
+            unplanned.pop_all()
+        return serve(plan, begun)
+    except (IvshmemError, OSError, ValueError, OverflowError) as error:
+        if began:
+            raise
+        fail(error)
+        with contextlib.suppress(OSError), systemd.Notifier(address) as notifier:
+            notifier.status(one_line(error))
+        return EXIT_FIRST_START
 
 
 def serve(plan: ServePlan, ready: Callable[[], None]) -> int:

@@ -43,7 +43,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="write the units",
         description="Write the units, and print their paths. An existing file with other content"
         " is not replaced.",
-        epilog="Then: systemctl enable --now ivshmem@NAME.socket (one region), or ivshmem (those of"
+        epilog="Then: systemctl enable --now ivshmem@NAME (one region), or ivshmem (those of"
         " /etc/ivshmem.toml).",
     )
     install.add_argument(
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.directory is None:
         before = "" if options.user else "systemd-sysusers && "
         print(f"then: {before}{control} daemon-reload")
-        print(f"      {control} enable --now ivshmem@NAME.socket")
+        print(f"      {control} enable --now ivshmem@NAME")
     return 0
 
 

@@ -80,6 +80,11 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[tuple[str
     return list(zip(named, fds, strict=True))
 
 
+def address(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where the service manager listens, as the environment says; None: there is none."""
+    return environ.get("NOTIFY_SOCKET") or None
+
+
 def check_name(name: str) -> str:
     """`name`, if stored descriptors can have it.
 
