@@ -181,3 +181,11 @@ class Blocking(Ours):
         with ivshmem.connect(f"{directory}/socket") as client:
             with channel.open(client) as channels:
                 yield channels
+
+
+class Adaptive(Blocking):
+    """The same, but an end spins before it sleeps, for as long as that helps."""
+
+    label = 'put, get, spin="auto"'
+    settings = 'reader("block"), get(spin="auto")'
+    receive = 'get(spin="auto")'

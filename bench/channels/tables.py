@@ -119,6 +119,7 @@ def sleeping(baseline: Floor, gently: Floor) -> list[Table]:
                 Row(baseline),
                 Row(gently, FLOOR),
                 Row(ours.Blocking(), FLOOR, aims[setup]),
+                Row(ours.Adaptive(), FLOOR, aims[setup]),
                 *(Row(kind(), FLOOR) for kind in _SLEEPERS),
             ],
             latency=True,
