@@ -40,11 +40,12 @@ ROOMS: dict[str, str] = {
     "aio": "text errors native _core system memory peer guest",
     "testing": "text errors native _core system protocol memory peer server guest",
     "forward": "text errors system memory peer channel service",
+    "tracing": "text errors native system protocol peer",
     "doctor": "text errors system memory qemu peer service guest",
     "migration": "text errors native system memory qemu server service",
     "bench": "text errors system memory peer server",
     "cli": "text errors native _core system lasting protocol memory qemu peer server service guest"
-    " doctor migration bench channel recording forward",
+    " doctor migration bench channel recording forward tracing",
     "__main__": "cli",
 }
 

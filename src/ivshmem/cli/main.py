@@ -39,6 +39,7 @@ SUBCOMMANDS = {
     ),
     "status": ("status", "show a running server: regions, peers, stalled peers"),
     "top": ("top", "show a running server, live"),
+    "trace": ("trace", "record which peer is rung, and when, for Perfetto and Chrome"),
     "evict": ("evict", "disconnect a peer from a running server"),
     "hold": ("hold", "hold back messages to a peer, to unplug its device safely"),
     "release": ("release", "end `hold`"),

@@ -193,7 +193,7 @@ class Client(Endpoint):
             raise self._too_late()
         while True:
             # Asked first: what the server sent before is in the socket then.
-            told_all = self._server_sent_all()
+            told_all = connecting.server_sent_all(self._socket)
             empty = False
             with contextlib.suppress(ConnectionError):  # connected is False then
                 anything, empty = self._receive()
@@ -231,21 +231,6 @@ class Client(Endpoint):
             f"{self.path}: set-up was not complete in time (still waiting for the"
             f" {_MISSING[self._session.state]}): {_suspicion(self.path)}"
         )
-
-    def _server_sent_all(self) -> bool:
-        """Whether the server shut down its receiving side; this package's marks the end so.
-
-        Protocol version 0 has no message for the end of a set-up. Other clients do not notice the
-        shutdown, because a client never sends; this one sees EPIPE when it sends zero bytes, see
-        unix(7).
-        """
-        try:
-            self._socket.send(b"", socket.MSG_NOSIGNAL)
-        except BrokenPipeError:
-            return True
-        except OSError:
-            pass
-        return False
 
     # -- following the server ---------------------------------------------------------------------
 

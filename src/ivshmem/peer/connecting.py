@@ -128,3 +128,18 @@ def accepts_nobody(path: str, timeout: float) -> TimeoutError:
     """What to raise when a server's backlog was full for `timeout` seconds."""
     reason = f"the server accepts nobody: no answer in {counted(max(timeout, 0), 'second')}"
     return TimeoutError(errno.ETIMEDOUT, reason, path)
+
+
+def server_sent_all(sock: socket.socket) -> bool:
+    """Whether the server shut down its receiving side: this package's marks the set-up's end so.
+
+    Protocol version 0 has no message for that end. Other clients do not notice the shutdown,
+    because a client never sends; this one sees EPIPE when it sends zero bytes, see unix(7).
+    """
+    try:
+        sock.send(b"", socket.MSG_NOSIGNAL)
+    except BrokenPipeError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -23,12 +23,12 @@ from ..channel import records
 from ..channel.kinds import Channel, Messages, Value
 from ..channel.watching import Seen, Watcher
 from ..errors import ChannelError, ChannelTypeError, ClosedError, IvshmemError
+from ..system.sink import Sink
 from ..system.uncopied import Uncopied
 from ..text import plain
 from . import facts
 from .buffer import Buffer
 from .library import BUFFER
-from .sink import Sink
 
 if TYPE_CHECKING:
     from ..channel import Channels

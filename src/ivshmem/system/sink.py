@@ -1,9 +1,9 @@
-"""Internal: the file that a recording is written to.
+"""Internal: a new file that is written from its beginning, record by record.
 
-Knows: bytes and offsets. Does not know: MCAP.
+Knows: bytes and offsets. Does not know: what a record is.
 
-Invariant: whatever the library writes in one call, whole records, is in the file as a whole or not
-at all, also on a full disk. (A process that is killed during a write can leave a part of it.)
+Invariant: whatever is written in one call, whole records, is in the file as a whole or not at all,
+also on a full disk. (A process that is killed during a write can leave a part of it.)
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ..system.uncopied import Uncopied
+from .uncopied import Uncopied
 
 
 class Sink(Uncopied):
-    """A new file, written from its beginning, as the library takes it.
+    """A new file, with as much of a file's methods as a library of recordings needs.
 
     Args:
         path: of the file.
@@ -57,7 +57,7 @@ class Sink(Uncopied):
         """Do nothing: nothing is kept here."""
 
     def remove(self) -> None:
-        """Close it, and remove the file: there is no recording."""
+        """Close it, and remove the file: nothing was written that anybody wants."""
         self.close()
         with contextlib.suppress(OSError):  # another process has removed it
             os.unlink(self._path)
