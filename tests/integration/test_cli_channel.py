@@ -195,14 +195,15 @@ def test_no_such_channel(socket_path: str, channels: Channels, command: str) -> 
     assert run(socket_path, command, "a", status=1) == "no channel 'a' (there: there)"
 
 
-@pytest.mark.parametrize("command", ["put", "cat"])
+@pytest.mark.parametrize("command", ["put", "cat", "tail"])
 def test_wrong_kinds(socket_path: str, channels: Channels, command: str) -> None:
     channels.create_bytes("a", connections=1)
     channels.create_calls("b", limit=8)
     for name, kind in (("a", "bytes"), ("b", "calls")):
         said = run(socket_path, command, name, status=1)
         assert said == (
-            f"channel {name!r} is of kind {kind}: this command is for messages, queue, value"
+            f"channel {name!r} is of kind {kind}: this command is for messages,"
+            f" {'value' if command == 'tail' else 'queue, value'}"
         )
 
 

@@ -560,6 +560,37 @@ def test_stdio_that_is_reset(place: tuple[Path, str], pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("stdin", "standard input is open for writing only: redirect it by <"),
+        ("stdout", "standard output is open for reading only: redirect it by >"),
+        ("dead", "the connection ended early: nobody reads standard output any more"),
+        ("full", "the connection ended early: standard output: no space left on device"),
+    ],
+)
+def test_stdio_of_the_wrong_kind(place: tuple[Path, str], pair: Pair, how: str, line: str) -> None:
+    words = [sys.executable, "-m", "ivshmem", "forward", "-S", place[1], "shared", "--stdio"]
+    reading, writing = os.pipe()
+    quiet, held = os.pipe()  # from which nothing comes
+    null, full = os.open("/dev/null", os.O_RDWR), os.open("/dev/full", os.O_WRONLY)
+    dead_reading, dead = os.pipe()
+    os.close(dead_reading)
+    stdin = {"stdin": writing, "stdout": quiet}.get(how, quiet)
+    stdout = {"stdout": reading, "dead": dead, "full": full}.get(how, null)
+    with subprocess.Popen(
+        words, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if how in ("dead", "full"):  # else the target hears of nothing
+            with pair.accept() as far, contextlib.suppress(ConnectionError):
+                far.sendall(b"hello")
+                received(far)
+        assert process.communicate(timeout=PATIENCE)[1].endswith(line + "\n")
+    assert process.returncode == 1
+    for fd in (reading, writing, quiet, held, null, full, dead):
+        os.close(fd)
+
+
 def test_stdio_whose_user_is_killed(place: tuple[Path, str]) -> None:
     """Nobody reads its output, nobody writes its input, and the target takes nothing."""
     words = [sys.executable, "-m", "ivshmem", "forward", "-S", place[1], "user", "--stdio"]
@@ -609,7 +640,16 @@ def test_stdio_that_is_interrupted(place: tuple[Path, str], pair: Pair, number: 
     ("words", "status", "line"),
     [
         ((), 1, "give the NAME of a forward with --connect, --listen or --stdio"),
-        (("a",), 1, "forward a: one of connect and listen is needed"),
+        (("a",), 1, r"forward a: it needs connect \(where each connection leads to\) or listen \("),
+        (("a", "--connect", "tcp:b:1", "--listen", "tcp:b:2"), 1,
+         "forward a: connect and listen are for its two sides: take one of them here, and"),
+        (("a", "--listen", "tcp:127.0.0.1:1", "--mode", "0600"), 1,
+         "forward a: mode is for listen = unix:PATH: only a socket with a path has permissions$"),
+        (("a", "--listen", "unix:@a", "--mode", "0600"), 1, "mode is for listen = unix:PATH"),
+        (("a", "--listen", "tcp:[::1]:7", "b", "--listen", "tcp:[::1]:7"), 1,
+         r"forward b: forward a listens at tcp:\[::1\]:7, too: give each an address of its own"),
+        (("a", "--listen", "unix:@a", "b", "--listen", "unix:@a"), 1,
+         "forward b: forward a listens at unix:@a, too: give each an address of its own"),
         (("a", "--stdio", "b", "--stdio"), 1, "--stdio is for one forward alone"),
         (("a", "--stdio", "--listen", "tcp:[::1]:1"), 1, "forward a: --stdio excludes --listen"),
         (("a", "--stdio", "a", "--stdio"), 1, "forward a: it is there twice"),
@@ -624,9 +664,9 @@ def test_stdio_that_is_interrupted(place: tuple[Path, str], pair: Pair, number: 
         (("a", "--listen", "tcp:192.0.2.1:7"), 1, "tcp:192.0.2.1:7: this machine does not have"),
         (("a", "--listen", "unix:/"), 1, "exists and is not a socket"),
         (("a", "--connect", "tcp:nowhere.invalid:1"), 1, "'nowhere.invalid' cannot be looked up"),
-        (("a", "--connect", "tcp:b:1", "--mode", "0600"), 1, "mode is for a listening Unix socket"),
-        (("a", "--connect", "tcp:[::1]:1", "--connections", "0"), 2, "a number from 1 to 4096"),
-        (("a", "--connect", "tcp:[::1]:1", "--buffer", "3K"), 2, "a power of two from 4K to 1G"),
+        (("a", "--connect", "tcp:b:1", "--mode", "0600"), 1, "mode is for listen = unix:PATH"),
+        (("a", "--connect", "tcp:[::1]:1", "--connections", "0"), 2, "0 connections: allowed are"),
+        (("a", "--connect", "tcp:[::1]:1", "--buffer", "3K"), 2, "powers of two from 4K to 1G"),
         (("a", "--connect", "tcp:[::1]:1", "--buffer", "1G"), 1,
          r"64 connections with 1G in each direction need 128G: take fewer with --connections or"
          r" --buffer, or make the region with more by `ivshmem serve --channels SIZE`"),
@@ -660,12 +700,12 @@ def test_an_address_in_use(place: tuple[Path, str], pair: Pair) -> None:
     [
         ("", "no forward: add a table [forward.NAME] with connect or listen"),
         ("[forwards.a]", "forwards: unknown (is forward meant?)"),
-        ("[forward.a]", "forward.a: one of connect and listen is needed"),
+        ("[forward.a]", "forward.a: it needs connect (where each"),
         ("[forward.a]\nlisen = 'tcp:b:1'", "forward.a.lisen: unknown (is listen meant?)"),
         ("[forward.a]\nlisten = 7", "forward.a.listen = 7: expected tcp:HOST:PORT"),
         ("[forward.a]\nlisten = 'tcp:b'", "address 'tcp:b': expected tcp:HOST:PORT"),
         ("[forward.a]\nconnections = true", "forward.a.connections = true: expected a number"),
-        ("[forward.a]\nbuffer = '5K'", 'forward.a.buffer = "5K": a power of two'),
+        ("[forward.a]\nbuffer = '5K'", 'forward.a.buffer = "5K": a buffer of 5K: allowed'),
         ("[forward.a]\nmode = 600", "up to three octal digits in quotes"),
         ('[forward." a"]', "forward. a: channel ' a': a name is 1 to 63 bytes of printable text"),
     ],

@@ -15,9 +15,12 @@ from ..service.limits import DEFAULT_SIZE, EXISTING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
     from ..service.config import RegionConfig
+
+    _T = TypeVar("_T")
 
 # The help of commands that need a server. default_paths.py says where they look for it.
 OF_THE_SERVER = "default: the running server of this user, or else root's"
@@ -226,6 +229,14 @@ def is_name(directory: str | None) -> bool:
 # -- values ---------------------------------------------------------------------------------------
 
 
+def checked(check: Callable[[str], _T], text: str) -> _T:
+    """What a check makes of a word of the command line; its ValueError is what is said."""
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def socket_path(text: str) -> str:
     """A socket's path from the command line."""
     if not text:
@@ -235,24 +246,20 @@ def socket_path(text: str) -> str:
 
 def vectors(text: str) -> int:
     """A number of vectors from the command line."""
-    return _number(text, 0, MAX_VECTORS, " vectors")
+    return number_from(text, 0, MAX_VECTORS, " vectors")
 
 
 def slots(text: str) -> int:
     """A number of slots for names from the command line."""
-    return _number(text, 1, MAX_SLOTS, " slots")
+    return number_from(text, 1, MAX_SLOTS, " slots")
 
 
 def area_size(text: str) -> int:
     """The size of an area for channels from the command line."""
     # Here: few command lines have one.
-    from ..errors import RegionError
     from ..memory.sizes import format_size, parse_size
 
-    try:
-        size = parse_size(text)
-    except RegionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    size = checked(parse_size, text)
     if size < LEAST_AREA:
         raise argparse.ArgumentTypeError(
             f"{format_size(size)} for channels: at least {format_size(LEAST_AREA)}"
@@ -262,7 +269,7 @@ def area_size(text: str) -> int:
 
 def positive(text: str) -> int:
     """A number from 1 on from the command line."""
-    return _number(text, 1, 1 << 31)
+    return number_from(text, 1, 1 << 31)
 
 
 def mode(text: str) -> int:
@@ -291,7 +298,8 @@ def seconds(text: str) -> float:
     return number
 
 
-def _number(text: str, least: int, most: int, what: str = "") -> int:
+def number_from(text: str, least: int, most: int, what: str = "") -> int:
+    """A number within limits from the command line, and what it counts."""
     try:
         number = int(text, 0)
     except ValueError:

@@ -267,7 +267,7 @@ def _show_content(found: Value, output: Output, options: argparse.Namespace) -> 
 
 def _tail(options: argparse.Namespace) -> int:
     with joined(options) as channels:
-        found = opened(channels, options.name)
+        found = opened(channels, options.name, ("messages", "value"))
         if isinstance(found, Queue):
             raise ChannelTypeError(
                 f"channel {options.name!r} is a queue, whose messages each go to one reader: `cat`"

@@ -18,7 +18,7 @@ from ..memory.sizes import format_size, parse_size, roughly
 from ..recording import library
 from ..text import counted, plain
 from . import signals
-from .arguments import seconds
+from .arguments import checked, seconds
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
 
@@ -85,10 +85,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return checked(parse_size, text)
 
 
 def _speed(text: str) -> float:

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .. import channel
@@ -74,8 +74,13 @@ def joined(options: argparse.Namespace, use: str = "") -> Iterator[channel.Chann
         yield channels
 
 
-def opened(channels: channel.Channels, name: str) -> Messages | Queue | Value:
+def opened(
+    channels: channel.Channels, name: str, kinds: Sequence[str] = KINDS
+) -> Messages | Queue | Value:
     """The channel of that name, if its messages can be printed one by one.
+
+    Args:
+        kinds: which a message says that the command is for.
 
     Raises:
         NoSuchChannel, ChannelTypeError: there is none, or it is of another kind.
@@ -83,7 +88,7 @@ def opened(channels: channel.Channels, name: str) -> Messages | Queue | Value:
     found: Channel = channels.open(name)
     if not isinstance(found, Messages | Queue | Value):
         raise ChannelTypeError(
-            f"channel {name!r} is of kind {found.kind}: this command is for {', '.join(KINDS)}"
+            f"channel {name!r} is of kind {found.kind}: this command is for {', '.join(kinds)}"
         )
     return found
 

@@ -17,10 +17,11 @@ from ..forward import addresses, config_file
 from ..forward.config import (
     BUFFER,
     CONNECTIONS,
+    MOST_CONNECTIONS,
     SILENCE,
     ForwardConfig,
+    check_addresses,
     check_buffer,
-    check_connections,
     problems,
 )
 from ..forward.forwarder import Forwarder
@@ -30,7 +31,7 @@ from ..peer.endpoint import Endpoint
 from ..system.systemd import Notifier
 from ..text import counted
 from . import daemon, endpoints, signals
-from .arguments import mode, seconds
+from .arguments import checked, mode, number_from, seconds
 from .log_writer import LogWriter
 from .run import Parser
 
@@ -107,10 +108,7 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
 
 
 def _address(text: str) -> addresses.Address:
-    try:
-        return addresses.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return checked(addresses.parse, text)
 
 
 def _silence(text: str) -> float:
@@ -121,17 +119,11 @@ def _silence(text: str) -> float:
 
 
 def _connections(text: str) -> int:
-    try:
-        return check_connections(int(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to 4096") from None
+    return number_from(text, 1, MOST_CONNECTIONS, " connections")
 
 
 def _buffer(text: str) -> int:
-    try:
-        return check_buffer(parse_size(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return checked(lambda text: check_buffer(parse_size(text)), text)
 
 
 # -- several forwards on one line -----------------------------------------------------------------
@@ -182,7 +174,7 @@ def _configs(options: argparse.Namespace) -> tuple[list[ForwardConfig], list[str
             if wrong:
                 raise ValueError(f"forward {name}: --stdio excludes {' and '.join(wrong)}")
         elif found := problems(configs[-1]):
-            raise ValueError(f"forward {name}: {found[0]}: give --connect, --listen or --stdio")
+            raise ValueError(f"forward {name}: {found[0]}")
     if any(value for value in given.values()):
         raise ValueError("give the NAME of the forward that the options belong to")
     if stdio and len(configs) > 1:
@@ -191,6 +183,7 @@ def _configs(options: argparse.Namespace) -> tuple[list[ForwardConfig], list[str
         if configs:
             raise ValueError("--config excludes forwards on the command line")
         configs = config_file.load(options.config)
+    check_addresses(configs)
     if not configs:
         raise ValueError("give the NAME of a forward with --connect, --listen or --stdio")
     return configs, stdio

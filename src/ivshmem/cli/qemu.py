@@ -14,7 +14,7 @@ from ..peer import inquiry
 from ..qemu import cmdline, old_device
 from ..service.limits import DEFAULT_SIZE
 from ..text import plain
-from .arguments import OF_THE_SERVER, server_of, socket_path, vectors
+from .arguments import OF_THE_SERVER, checked, server_of, socket_path, vectors
 
 _SECONDS = 10.0  # for a server to answer
 
@@ -115,10 +115,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def ident(text: str) -> str:
     """An id from the command line."""
-    try:
-        return cmdline.check_ident(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return checked(cmdline.check_ident, text)
 
 
 def _slot(text: str) -> int:

@@ -5,6 +5,8 @@ Knows: defaults, and which settings contradict each other. Does not know: where 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..memory.sizes import format_size
 from ..system.named_tuple import NamedTuple
 from .addresses import Address
@@ -47,8 +49,8 @@ def check_buffer(size: int) -> int:
     """Return the size, if a connection can have such a buffer; ValueError."""
     if size & (size - 1) or not LEAST_BUFFER <= size <= MOST_BUFFER:
         raise ValueError(
-            f"a power of two from {format_size(LEAST_BUFFER)} to {format_size(MOST_BUFFER)} is"
-            " needed"
+            f"a buffer of {format_size(size)}: allowed are powers of two from"
+            f" {format_size(LEAST_BUFFER)} to {format_size(MOST_BUFFER)}"
         )
     return size
 
@@ -56,8 +58,34 @@ def check_buffer(size: int) -> int:
 def problems(config: ForwardConfig) -> list[str]:
     """Return what is wrong with a forward, each as the rest of a line."""
     found = []
-    if (config.connect is None) == (config.listen is None):
-        found.append("one of connect and listen is needed: where sockets are, or where they come")
+    if config.connect is None and config.listen is None:
+        found.append(
+            "it needs connect (where each connection leads to) or listen (where connections come"
+            " from)"
+        )
+    if config.connect is not None and config.listen is not None:
+        found.append(
+            "connect and listen are for its two sides: take one of them here, and the other one"
+            " where the other side runs"
+        )
     if config.mode is not None and (config.listen is None or config.listen.path[:1] != "/"):
-        found.append("mode is for a listening Unix socket with a path")
+        found.append("mode is for listen = unix:PATH: only a socket with a path has permissions")
     return found
+
+
+def check_addresses(configs: Sequence[ForwardConfig]) -> None:
+    """Refuse two forwards that listen at one address.
+
+    Raises:
+        ValueError: which ones.
+    """
+    first: dict[Address, str] = {}
+    for config in configs:
+        if config.listen is None or not (config.listen.port or config.listen.path):
+            continue  # for port 0 the kernel chooses one
+        other = first.setdefault(config.listen._replace(text=""), config.name)
+        if other != config.name:
+            raise ValueError(
+                f"forward {config.name}: forward {other} listens at {config.listen.text}, too: give"
+                " each an address of its own"
+            )

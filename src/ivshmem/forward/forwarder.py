@@ -128,18 +128,17 @@ class Forwarder(Uncopied):
         """
         channel = self._channels.open(name, "bytes")
         assert isinstance(channel, Bytes)
+        plug = StdioPlug()  # first: if it cannot be used, the target hears of nothing
         try:
             stream = channel.connect()
-        except ConnectionRefusedError:
+        except BaseException as error:
+            plug.close(self.turns.poller, failed=True)
+            if not isinstance(error, ConnectionRefusedError):
+                raise
             raise ConnectionRefusedError(
                 f"forward {name}: no process connects at the other side: start `ivshmem forward"
                 f" {name} --connect ADDRESS` there"
             ) from None
-        try:
-            plug = StdioPlug()
-        except BaseException:
-            stream.abort()
-            raise
         self._stdio = self._relay(channel, stream, plug, f"{name}: standard input")
         return self._stdio
 

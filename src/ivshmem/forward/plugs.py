@@ -125,12 +125,10 @@ class StdioPlug(Uncopied):
             self._undo = undo.pop_all()
 
     def watch(self, poller: Poller, act: Callable[[int], object]) -> None:
-        """Call `act(events)` at each edge; at once for a file, for which epoll(7) has none."""
+        """Call `act(events)` at each edge. A file has none, since it never blocks."""
         for fd, events in ((self.source, select.EPOLLIN), (self.target, select.EPOLLOUT)):
-            try:
+            with contextlib.suppress(PermissionError):
                 poller.watch_events(fd, act, events | select.EPOLLRDHUP | select.EPOLLET)
-            except PermissionError:
-                act(events)
 
     def watch_output(self, poller: Poller) -> None:
         """Do nothing: it is watched from the beginning."""
