@@ -6,6 +6,7 @@ enum { LENGTH = 16, MOST = 8 };
 
 static unsigned total, ended_writers; /* messages of each writer; writers that have put all */
 static unsigned delivered[2][MOST], done[2][MOST];
+static unsigned of_the_first, ending; /* messages of the first owner of a slot; writers in all */
 static int one_may_be_lost, is_in_order;
 
 static uint64_t number_of(unsigned writer, unsigned which)
@@ -28,13 +29,13 @@ static int is_over(void)
             if (state != IVSHMEM_CLAIM_NONE && state != IVSHMEM_CLAIM_ONCE)
                 return 0;
         }
-    return ended_writers == geometry.writers && missing <= (unsigned)one_may_be_lost;
+    return ended_writers == ending && missing <= (unsigned)one_may_be_lost;
 }
 
-static void write_all(struct party *party)
+static void write_some(struct party *party, unsigned from, unsigned to)
 {
     struct ivshmem_writer *writer = &party->peer->writer;
-    for (unsigned i = 0; i < total; i++) {
+    for (unsigned i = from; i < to; i++) {
         uint64_t words[2];
         words[0] = words[1] = number_of(writer->slot, i);
         while (1) {
@@ -54,6 +55,28 @@ static void write_all(struct party *party)
     ended_writers++;
     if (is_over()) /* else only the queue's own rings wake the readers */
         wake_all();
+}
+
+static void write_all(struct party *party)
+{
+    write_some(party, 0, of_the_first);
+}
+
+/* Take the slot of a writer that has closed, or died, and put the rest. */
+static void follow_writer(struct party *party)
+{
+    int code;
+    while ((code = open_writer(party->peer)) == IVSHMEM_TAKEN)
+        pause_party();
+    must(code);
+    write_some(party, of_the_first, total);
+}
+
+/* A reader that leaves, and frees the slots of writers that have ended. */
+static void close_reader(struct party *party)
+{
+    ivshmem_reader_close(&party->peer->reader);
+    ivshmem_leave_area(&party->peer->member);
 }
 
 static void got(struct party *party, const struct ivshmem_taken *taken, const uint64_t *words)
@@ -233,7 +256,8 @@ static void begin(unsigned writers, unsigned readers, unsigned messages)
                                           .readers = readers, .slots = 2, .loans = 1, .views = 1,
                                           .limit = LENGTH};
     begin_area(&each);
-    total = messages;
+    total = of_the_first = messages;
+    ending = writers;
 }
 
 static void add_reader(const char *name, void (*program)(struct party *party))
@@ -333,6 +357,36 @@ static void a_reader_is_silent(void)
     add_party("clock", fall_silent);
 }
 
+static void the_next_owner(void)
+{
+    begin(1, 2, 4);
+    of_the_first = 2;
+    ending = 2;
+    add_reader("r0", get_all);
+    add_reader("r1", close_reader);
+    add_writer("w0");
+    add_party("next", follow_writer);
+}
+
+/* A writer died when it had stored a claim, and no head yet. Two processes free its slot. */
+static void the_claim_of_a_dead_one(void)
+{
+    struct ivshmem_writer *writer;
+    unsigned the_epoch;
+    begin(1, 2, 3);
+    of_the_first = 0;
+    add_reader("r0", get_all);
+    add_reader("r1", close_reader);
+    add_party("next", follow_writer);
+    add_writer("w0");
+    writer = &parties[3].peer->writer;
+    the_epoch = removed_point != 0 ? 0 : writer->epoch; /* as it is without the point */
+    ivshmem_store(&channel.area.memory, channel.at + ivshmem_claim_at(&channel, writer->slot, 0),
+                  ivshmem_claim_word(0, 0, IVSHMEM_CLAIM_OPEN, the_epoch));
+    ivshmem_leave_area(&parties[3].peer->member);
+    party_count--;
+}
+
 static void reset(void)
 {
     ended_writers = 0;
@@ -346,7 +400,7 @@ static void check(void)
     for (unsigned i = 0; i < party_count; i++)
         for (unsigned j = 0; j < geometry.writers && parties[i].is_dead; j++)
             for (unsigned k = 0; k < geometry.slots; k++)
-                ivshmem_claim_ends(&channel, j, k);
+                ivshmem_claim_ends(&channel, j, k, ivshmem_writer_owner(&channel, j));
     all_is_back();
 }
 
@@ -362,6 +416,8 @@ int main(int argc, char **argv)
         {"one-each", one_each, check},
         {"a-reader-dies", a_reader_dies, check},
         {"a-getting-reader-dies", a_getting_reader_dies, check},
+        {"the-next-owner", the_next_owner, check},
+        {"the-claim-of-a-dead-one", the_claim_of_a_dead_one, check},
         {"a-reader-is-silent", a_reader_is_silent, check}};
     return run_scripts(argc, argv, scripts, sizeof scripts / sizeof *scripts);
 }

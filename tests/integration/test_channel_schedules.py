@@ -60,6 +60,44 @@ SCRIPTS = {
         "a-reader-dies",
         "a-getting-reader-dies",
         "a-reader-is-silent",
+        "the-next-owner",
+        "the-claim-of-a-dead-one",
+    ),
+    "schedules_value": (
+        "latest",
+        "two-readers",
+        "the-next-owner",
+        "the-writer-dies",
+        "the-next-owner-dies",
+        "a-removed-writer-lives",
+    ),
+    "schedules_calls": (
+        "one-by-one",
+        "two-at-once",
+        "two-callers",
+        "one-each",
+        "given-up",
+        "a-server-dies",
+        "the-next-server",
+        "a-caller-dies",
+        "a-server-is-silent",
+        "a-removed-server-lives",
+    ),
+    "schedules_bytes": (
+        "one-way",
+        "both-ways",
+        "used-again",
+        "two-at-once",
+        "two-listeners",
+        "aborted",
+        "refused",
+        "a-caller-dies",
+        "an-acceptor-dies",
+        "a-listener-leaves",
+        "nobody-accepts",
+        "the-bytes-of-a-dead-caller",
+        "a-removed-acceptor-lives",
+        "a-removed-caller-lives",
     ),
 }
 ALL = [(program, script) for program, scripts in SCRIPTS.items() for script in scripts]
@@ -100,6 +138,9 @@ NEEDED = {
     },
     "schedules_queue": {
         "queue_publish: announce 2": "in-order",
+        "claim_ends: the owner is looked at again": "the-claim-of-a-dead-one",
+        "queue_publish: a new owner's claims are others": "the-claim-of-a-dead-one",
+        "queue_claim: claims are exchanged": "a-reader-dies",
         "queue_claim: another reader has it": "a-reader-is-silent",
         "queue_take: epoch": "in-order",
         "queue_done: a message that is done wakes writers": "in-order",
@@ -109,8 +150,64 @@ NEEDED = {
         "wake_readers: full fence": "in-order",
         "sleep_begin: full fence": "in-order",
     },
+    "schedules_value": {
+        "value_look: a value stays while its slot changes hands": "the-next-owner-dies",
+        "value_look: epoch": "a-removed-writer-lives",
+        "writer_adopt_one: a value's entry stays as it is": "the-next-owner-dies",
+        "writer_adopt: what is kept keeps its cell": "the-next-owner",
+        "writer_adopt: what is not kept is void": "the-next-owner",
+        "writer_open: announce": "the-next-owner",
+        "writer_announce: announce": "latest",
+        "entry_store: store barrier": "two-readers",
+        "entry_read: the stamp before the entry": "two-readers",
+        "entry_read: the stamp behind the entry": "latest",
+        "entry_read: epoch": "a-removed-writer-lives",
+        "entry_read: epoch 2": "a-removed-writer-lives",
+        "check: load barrier": "the-next-owner",
+        "check: the stamp behind the payload": "latest",
+        "wake_readers: full fence": "latest",
+        "sleep_begin: full fence": "latest",
+    },
+    "schedules_calls": {
+        "claimer: epoch": "the-next-server",
+        "claim_ends: the owner is looked at again": "a-caller-dies",
+        "queue_claim: claims are exchanged": "a-server-dies",
+        "queue_may: no second server gets a call": "a-server-is-silent",
+        "queue_take: epoch": "the-next-server",
+        "queue_sleep: a reader looks again before it sleeps": "one-by-one",
+        "queue_pass_on: who was rung passes it on": "one-each",
+        "reply: a reply is exchanged": "two-at-once",
+        "reply: a reply wakes its caller": "one-by-one",
+        "call_look: a server that is gone is told": "a-server-dies",
+        "call_look: epoch": "a-removed-server-lives",
+        "call_end: a call under way is not over": "given-up",
+        "call_end: a call is taken back by exchange": "given-up",
+        "wake_readers: full fence": "one-by-one",
+        "sleep_begin: full fence": "one-by-one",
+    },
+    "schedules_bytes": {
+        "stream_store: load barrier": "one-way",
+        "stream_store: announce": "one-way",
+        "stream_wake_for: full fence": "both-ways",
+        "connection_is_free: epoch": "used-again",
+        "stream_take: epoch": "the-bytes-of-a-dead-caller",
+        "caller_waits: epoch": "used-again",
+        "caller_waits: epoch 2": "a-caller-dies",
+        "accept: epoch": "one-way",
+        "accept: epoch 3": "the-bytes-of-a-dead-caller",
+        "stream_look: epoch": "one-way",
+        "stream_look: a caller of another epoch has closed": "the-bytes-of-a-dead-caller",
+        "stream_look: whether an end is gone comes first": "both-ways",
+        "stream_look: epoch 2": "a-caller-dies",
+        "stream_look: epoch 3": "used-again",
+        "stream_abort: epoch": "a-removed-acceptor-lives",
+        "stream_close: epoch": "used-again",
+        "wake_readers: full fence": "one-way",
+        "sleep_begin: full fence": "two-listeners",
+    },
 }
 ALONE = "what this party stored before needs no order to it; on write-combining memory it hurries"
+ACQUIRED = "the loads before it acquire; it stands for compilers without that"
 BESIDE = "an exchange stands before it, which is a fence as well"
 LATE = "only a store that is late by the time of a whole join, at one place, would show it"
 UNSEEN = {
@@ -123,7 +220,12 @@ UNSEEN = {
     "reader_join: full fence": BESIDE,
     "is_there: full fence": BESIDE,
     "remove: full fence": BESIDE,
-    "entry_read: load barrier": "the loads before it acquire; it stands for compilers without that",
+    "reply: full fence": BESIDE,
+    "entry_read: load barrier": ACQUIRED,
+    "call_look: load barrier": ACQUIRED,
+    "stream_look: load barrier": ACQUIRED,
+    "stream_store: announce 2": ALONE,
+    "reply: announce": "nobody looks at it before the exchange behind it, which is a fence as well",
     "writer_reap: epoch": "the next owner keeps what was published, also if it comes too early",
     "reader_beat: epoch": "what is lost until a removed reader's store is undone, is told",
     "writer_look: epoch": "a backlog that no reader uses, until it has stored what it wants",
@@ -141,12 +243,11 @@ UNSEEN = {
     "queue_ready: an unread message is not passed over": (
         "with one reader the slot before is free first; with several, no order is promised"
     ),
-    "claimer: epoch": "only the next reader of a slot, at once after a dead one, would show it",
+    "accept: epoch 2": "a caller that has stored nothing yet does so, or is gone: that is told",
+    "stream_silence: epoch": "it is only shown to people",
     "wake_one: epoch": "one ring too many",
     "look_at: epoch 2": "a store that is late by the time of two owners, who have both ended",
 }
-# Points of kinds whose scripts come with them.
-KINDS = re.compile("stream_|caller_waits|accept|value_look|reply|call_look")
 
 
 class Program(NamedTuple):
@@ -169,7 +270,7 @@ class Program(NamedTuple):
         return ended.stdout
 
 
-Build = Callable[[str], Program]
+Build = Callable[..., Program]
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +281,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("schedules")
     points = header_points.write_copy(Path(channel.get_include()), folder)
 
-    def built(name: str) -> Program:
-        path = folder / name
+    def built(name: str, optimized: str = "-O0") -> Program:  # which by day costs less in all
+        path = folder / f"{name}{optimized}"
         if not path.exists():
             source = str(PROGRAMS / f"{name}.c")
-            options = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{folder}"]
+            # The macro of copies, which may leave by setcontext, confuses that one warning.
+            warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+            options = ["-std=gnu11", optimized, *warnings, f"-I{folder}"]
             subprocess.run(["cc", *options, source, "-o", str(path)], check=True)
         return Program(path, points)
 
@@ -199,22 +302,28 @@ def test_schedules_by_chance(build: Build, program: str, script: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_many_schedules_by_chance(build: Build, program: str, script: str) -> None:
-    build(program).output("random", script, "300000", "1000")
+    build(program, "-O1").output("random", script, "300000", "1000")
 
 
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_all_schedules_with_one_preemption(build: Build, program: str, script: str) -> None:
-    """Each with one store, too, that stays in its buffer as long as it can."""
-    said = build(program).output("bounded", script, "1", "held")
+    said = build(program).output("bounded", script, "1")
     found = re.fullmatch(rf"{script}: (\d+) schedules\n", said)
     assert found is not None, said
-    assert int(found[1]) > 100
+    assert int(found[1]) > 10
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize(("program", "script"), ALL)
+def test_all_schedules_in_which_one_store_is_late(build: Build, program: str, script: str) -> None:
+    """With one preemption, each with one store that stays in its buffer as long as it can."""
+    build(program).output("bounded", script, "1", "held")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_all_schedules_with_two_preemptions(build: Build, program: str, script: str) -> None:
-    build(program).output("bounded", script, "2", "held")
+    build(program, "-O1").output("bounded", script, "2", "held")
 
 
 # What the C follows to the end, at least, of those schedules that its barriers permit.
@@ -242,11 +351,12 @@ def test_the_c_follows_the_model(build: Build, program: str, script: str, share:
 @pytest.mark.parametrize("program", [*NEEDED])
 def test_each_point_of_the_header_is_needed(build: Build, program: str) -> None:
     built = build(program)
-    held = {
-        point: script
-        for point, script in NEEDED[program].items()
-        if built.run("-without", str(built.points[point]), "random", script, "5000").returncode != 1
-    }
+
+    def fails(point: str, script: str) -> bool:
+        number = str(built.points[point])
+        return built.run("-without", number, "random", script, "30000").returncode == 1
+
+    held = {point: script for point, script in NEEDED[program].items() if not fails(point, script)}
     assert not held  # these scripts did not fail
 
 
@@ -254,8 +364,7 @@ def test_every_point_of_the_header_is_listed(build: Build) -> None:
     needed = {point for points in NEEDED.values() for point in points}
     listed = needed | set(UNSEEN)
     points = set(build("schedules_messages").points)
-    assert listed <= points
-    assert not {point for point in points - listed if KINDS.match(point) is None}
+    assert listed == points
     assert not needed & set(UNSEEN)
 
 

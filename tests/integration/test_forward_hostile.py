@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,23 @@ class Attacker:
     def store(self, offset: int, value: int) -> None:
         self.words[self.at + offset] = value
 
+    @contextlib.contextmanager
+    def storing(self, offset: int, value: int) -> Iterator[None]:
+        """Store a word again and again: the stream's beat would set it right."""
+        over = threading.Event()
+
+        def store() -> None:
+            while not over.wait(0.01):
+                self.store(offset, value)
+
+        thread = threading.Thread(target=store)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def close(self) -> None:
         self.words.release()
 
@@ -59,8 +78,8 @@ def attacker(pair: Pair) -> Iterator[Attacker]:
 def test_an_impossible_word_ends_its_connection_alone(pair: Pair, attacker: Attacker) -> None:
     with pair.accept() as own, pair.joined() as (near, far):
         assert len(received(own, SENT)) == SENT
-        attacker.store(0, attacker.words[attacker.at] + (1 << 54))  # seen at the next beat
-        pair.far.says("reset .*the (head|tail) at .* is impossible")
+        with attacker.storing(0, attacker.words[attacker.at] + (1 << 54)):  # seen at the next beat
+            pair.far.says("reset .*the (head|tail) at .* is impossible")
         assert exchanged(near, far, 100_000, 1)
 
 

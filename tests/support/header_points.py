@@ -146,6 +146,113 @@ LOOKS: Final = (
         "    for (; HAS && position != tail;",
     ),
     Look(
+        "a value's entry stays as it is",
+        "writer.h",
+        "    if (!is_value)\n",
+        "    if (!HAS || !is_value)\n",
+    ),
+    Look(
+        "what is kept keeps its cell",
+        "writer.h",
+        "            is_used[adopted] = 1;",
+        "            is_used[adopted] = HAS;",
+    ),
+    Look(
+        "what is not kept is void",
+        "writer.h",
+        "            adopted = IVSHMEM_NO_CELL;\n            ivshmem_store(",
+        "            adopted = IVSHMEM_NO_CELL;\n            if (HAS) ivshmem_store(",
+    ),
+    Look(
+        "a new owner's claims are others",
+        "queue.h",
+        "ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_OPEN, writer->epoch));",
+        "ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_OPEN, HAS ? writer->epoch : 0));",
+    ),
+    Look(
+        "the owner is looked at again",
+        "claims.h",
+        "        return ivshmem_writer_owner(channel, writer) == owner &&\n",
+        "        return (!HAS || ivshmem_writer_owner(channel, writer) == owner) &&\n",
+    ),
+    Look(
+        "a value stays while its slot changes hands",
+        "value.h",
+        "        if (older != 0 && older <= IVSHMEM_EPOCH_MASK / 2 &&\n",
+        "        if ((!HAS || (older != 0 && older <= IVSHMEM_EPOCH_MASK / 2)) &&\n",
+    ),
+    Look(
+        "claims are exchanged",
+        "queue.h",
+        "    if (!ivshmem_claim_exchange(channel, taken->claim_at, claim, taken->claim))\n",
+        "    if (!HAS)\n"
+        "        ivshmem_store(\n"
+        "            &channel->area.memory, channel->at + taken->claim_at, taken->claim);\n"
+        "    else if (!ivshmem_claim_exchange(channel, taken->claim_at, claim, taken->claim))\n",
+    ),
+    Look(
+        "no second server gets a call",
+        "queue.h",
+        "        channel->record.geometry.kind != IVSHMEM_QUEUE)",
+        "        (HAS && channel->record.geometry.kind != IVSHMEM_QUEUE))",
+    ),
+    Look(
+        "a reply is exchanged",
+        "calls.h",
+        "    if (!ivshmem_claim_exchange(channel, call->claim_at, call->claim,\n",
+        "    if (!HAS)\n"
+        "        ivshmem_store(&channel->area.memory, channel->at + call->claim_at,\n"
+        "                      ivshmem_claim_word(position, server->slot, IVSHMEM_CLAIM_REPLIED,\n"
+        "                                         server->epoch));\n"
+        "    else if (!ivshmem_claim_exchange(channel, call->claim_at, call->claim,\n",
+    ),
+    Look(
+        "a reply wakes its caller",
+        "calls.h",
+        "    ivshmem_wake_one(server->member",
+        "    if (HAS) ivshmem_wake_one(server->member",
+    ),
+    Look(
+        "a server that is gone is told",
+        "calls.h",
+        "    if (state == IVSHMEM_CLAIM_TAKEN &&\n        ivshmem_is_gone(",
+        "    if (HAS && state == IVSHMEM_CLAIM_TAKEN &&\n        ivshmem_is_gone(",
+    ),
+    Look(
+        "a call under way is not over",
+        "calls.h",
+        "        if (state == IVSHMEM_CLAIM_TAKEN &&\n            !ivshmem_is_gone(",
+        "        if (HAS && state == IVSHMEM_CLAIM_TAKEN &&\n            !ivshmem_is_gone(",
+    ),
+    Look(
+        "a call is taken back by exchange",
+        "calls.h",
+        "        if (ivshmem_claim_exchange(channel, at, claim,\n",
+        "        if (!HAS ? (ivshmem_store(\n"
+        "                        &channel->area.memory, channel->at + at,\n"
+        "                        ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_NONE, 0)), 1)\n"
+        "                 : ivshmem_claim_exchange(channel, at, claim,\n",
+    ),
+    Look(
+        "a caller of another epoch has closed",
+        "bytes.h",
+        "                        ? stream->end == 1\n",
+        "                        ? HAS && stream->end == 1\n",
+    ),
+    Look(
+        "whether an end is gone comes first",
+        "bytes.h",
+        "    tail = ivshmem_get(channel, at + 8u);\n",
+        "    tail = ivshmem_get(channel, at + 8u);\n"
+        "    if (!HAS) {\n"
+        "        owner = ivshmem_get(\n"
+        "            channel, ivshmem_end_owner_at(channel, stream->connection, end));\n"
+        "        other->closed |= ivshmem_epoch(owner) == stream->epoch &&\n"
+        "                         (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE ||\n"
+        "                          ivshmem_is_gone(&channel->area, ivshmem_place_of(owner)));\n"
+        "    }\n",
+    ),
+    Look(
         "another reader has it",
         "queue.h",
         "if (code == IVSHMEM_OVERTAKEN && ivshmem_get(channel, taken->claim_at) != taken->claim)",

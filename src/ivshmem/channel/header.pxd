@@ -350,6 +350,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     void ivshmem_stream_sleep(ivshmem_stream *stream)
     void ivshmem_stream_close(ivshmem_stream *stream)
     void ivshmem_stream_abort(ivshmem_stream *stream)
+    void ivshmem_stream_beat(ivshmem_stream *stream)
     int64_t ivshmem_stream_silence(const ivshmem_stream *stream)
     int64_t ivshmem_send_begin(ivshmem_stream *stream, uint64_t most, ivshmem_pieces *pieces)
     void ivshmem_send_end(ivshmem_stream *stream, uint64_t size)

@@ -2711,7 +2711,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":484
+/* "ivshmem/channel/streams.pyx":485
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9425,8 +9425,8 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (
- *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
@@ -9441,6 +9441,15 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   /* "ivshmem/channel/streams.pyx":275
  * 
  *     cdef int restore(self) except -1:
+ *         ivshmem_stream_beat(&self.stream)             # <<<<<<<<<<<<<<
+ *         if self.awaited and (
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+*/
+  ivshmem_stream_beat((&__pyx_v_self->stream));
+
+  /* "ivshmem/channel/streams.pyx":276
+ *     cdef int restore(self) except -1:
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9456,8 +9465,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":276
- *     cdef int restore(self) except -1:
+  /* "ivshmem/channel/streams.pyx":277
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9474,7 +9483,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":278
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9488,9 +9497,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":275
- * 
+  /* "ivshmem/channel/streams.pyx":276
  *     cdef int restore(self) except -1:
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9498,26 +9507,26 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":279
+    /* "ivshmem/channel/streams.pyx":280
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":275
- * 
+    /* "ivshmem/channel/streams.pyx":276
  *     cdef int restore(self) except -1:
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":280
+  /* "ivshmem/channel/streams.pyx":281
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9534,8 +9543,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (
- *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
   /* function exit code */
@@ -9547,7 +9556,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":282
+/* "ivshmem/channel/streams.pyx":283
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9558,7 +9567,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":283
+  /* "ivshmem/channel/streams.pyx":284
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9567,7 +9576,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   if (__pyx_v_self->aborting) {
 
-    /* "ivshmem/channel/streams.pyx":284
+    /* "ivshmem/channel/streams.pyx":285
  *     cdef int give_up(self) except -1:
  *         if self.aborting:
  *             ivshmem_stream_abort(&self.stream)             # <<<<<<<<<<<<<<
@@ -9576,7 +9585,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
     ivshmem_stream_abort((&__pyx_v_self->stream));
 
-    /* "ivshmem/channel/streams.pyx":283
+    /* "ivshmem/channel/streams.pyx":284
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9586,7 +9595,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":286
+  /* "ivshmem/channel/streams.pyx":287
  *             ivshmem_stream_abort(&self.stream)
  *         else:
  *             ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9598,7 +9607,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":287
+  /* "ivshmem/channel/streams.pyx":288
  *         else:
  *             ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9611,7 +9620,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":283
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9625,7 +9634,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":289
+/* "ivshmem/channel/streams.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9694,7 +9703,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":297
+        /* "ivshmem/channel/streams.pyx":298
  *         after `close`.
  *         """
  *         self.aborting = True             # <<<<<<<<<<<<<<
@@ -9703,7 +9712,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
 */
         __pyx_v_self->aborting = 1;
 
-        /* "ivshmem/channel/streams.pyx":298
+        /* "ivshmem/channel/streams.pyx":299
  *         """
  *         self.aborting = True
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9717,13 +9726,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       }
 
-      /* "ivshmem/channel/streams.pyx":289
+      /* "ivshmem/channel/streams.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9759,7 +9768,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":302
+/* "ivshmem/channel/streams.pyx":303
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9807,32 +9816,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 302, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 303, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9871,7 +9880,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":304
+  /* "ivshmem/channel/streams.pyx":305
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9888,7 +9897,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9907,10 +9916,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9919,7 +9928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":305
+    /* "ivshmem/channel/streams.pyx":306
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9927,7 +9936,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -9941,7 +9950,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 305, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -9950,14 +9959,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 305, __pyx_L1_error)
+    __PYX_ERR(0, 306, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":304
+    /* "ivshmem/channel/streams.pyx":305
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9966,7 +9975,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":306
+  /* "ivshmem/channel/streams.pyx":307
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -9978,7 +9987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":302
+  /* "ivshmem/channel/streams.pyx":303
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10002,7 +10011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":308
+/* "ivshmem/channel/streams.pyx":309
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10058,7 +10067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":310
+  /* "ivshmem/channel/streams.pyx":311
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -10076,7 +10085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":308
+  /* "ivshmem/channel/streams.pyx":309
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10091,7 +10100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":312
+/* "ivshmem/channel/streams.pyx":313
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10139,32 +10148,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 312, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 313, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 312, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 313, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 312, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 313, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 312, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 312, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 313, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10195,14 +10204,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":314
+  /* "ivshmem/channel/streams.pyx":315
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 315, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -10216,7 +10225,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":312
+  /* "ivshmem/channel/streams.pyx":313
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10237,7 +10246,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":316
+/* "ivshmem/channel/streams.pyx":317
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10269,7 +10278,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":319
+  /* "ivshmem/channel/streams.pyx":320
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -10285,7 +10294,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -10293,7 +10302,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":320
+    /* "ivshmem/channel/streams.pyx":321
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -10302,17 +10311,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":321
+      /* "ivshmem/channel/streams.pyx":322
  *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 321, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 322, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":320
+      /* "ivshmem/channel/streams.pyx":321
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -10321,7 +10330,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":322
+    /* "ivshmem/channel/streams.pyx":323
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -10329,7 +10338,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 322, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -10343,7 +10352,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 322, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 323, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -10352,14 +10361,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 322, __pyx_L1_error)
+    __PYX_ERR(0, 323, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":319
+    /* "ivshmem/channel/streams.pyx":320
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -10368,7 +10377,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":323
+  /* "ivshmem/channel/streams.pyx":324
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -10383,7 +10392,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10402,18 +10411,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -10431,29 +10440,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":324
+  /* "ivshmem/channel/streams.pyx":325
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":325
+  /* "ivshmem/channel/streams.pyx":326
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 326, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":326
+  /* "ivshmem/channel/streams.pyx":327
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10465,7 +10474,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":328
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -10473,9 +10482,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10491,7 +10500,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 327, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10501,14 +10510,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 327, __pyx_L1_error)
+    __PYX_ERR(0, 328, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":326
+    /* "ivshmem/channel/streams.pyx":327
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10517,7 +10526,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":328
+  /* "ivshmem/channel/streams.pyx":329
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10529,20 +10538,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":329
+    /* "ivshmem/channel/streams.pyx":330
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 329, __pyx_L1_error)
+    __PYX_ERR(0, 330, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":328
+    /* "ivshmem/channel/streams.pyx":329
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10551,7 +10560,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":330
+  /* "ivshmem/channel/streams.pyx":331
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10564,7 +10573,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":316
+  /* "ivshmem/channel/streams.pyx":317
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10590,7 +10599,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":332
+/* "ivshmem/channel/streams.pyx":333
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10638,32 +10647,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 332, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 333, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 332, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 333, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 332, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 333, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 332, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 333, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10716,17 +10725,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":343
+        /* "ivshmem/channel/streams.pyx":344
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":344
+        /* "ivshmem/channel/streams.pyx":345
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10735,7 +10744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":345
+          /* "ivshmem/channel/streams.pyx":346
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10747,7 +10756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":346
+            /* "ivshmem/channel/streams.pyx":347
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10766,7 +10775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":345
+            /* "ivshmem/channel/streams.pyx":346
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10775,7 +10784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":347
+          /* "ivshmem/channel/streams.pyx":348
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10787,7 +10796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":348
+          /* "ivshmem/channel/streams.pyx":349
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10795,7 +10804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 348, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10814,12 +10823,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 348, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 349, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10835,7 +10844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":350
+        /* "ivshmem/channel/streams.pyx":351
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10886,7 +10895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":332
+      /* "ivshmem/channel/streams.pyx":333
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10928,7 +10937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":352
+/* "ivshmem/channel/streams.pyx":353
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10952,7 +10961,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":356
+  /* "ivshmem/channel/streams.pyx":357
  *     ) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -10961,7 +10970,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":357
+  /* "ivshmem/channel/streams.pyx":358
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         while True:             # <<<<<<<<<<<<<<
@@ -10970,27 +10979,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":358
+    /* "ivshmem/channel/streams.pyx":359
  *         cdef uint64_t done = 0
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":359
+    /* "ivshmem/channel/streams.pyx":360
  *         while True:
  *             self.enter()
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":360
+    /* "ivshmem/channel/streams.pyx":361
  *             self.enter()
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -11014,7 +11023,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), (__pyx_v_data + __pyx_v_done), __pyx_t_4);
 
 
-    /* "ivshmem/channel/streams.pyx":361
+    /* "ivshmem/channel/streams.pyx":362
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11026,17 +11035,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":362
+      /* "ivshmem/channel/streams.pyx":363
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":361
+      /* "ivshmem/channel/streams.pyx":362
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11045,7 +11054,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":363
+    /* "ivshmem/channel/streams.pyx":364
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11057,7 +11066,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":364
+      /* "ivshmem/channel/streams.pyx":365
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -11066,7 +11075,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":365
+      /* "ivshmem/channel/streams.pyx":366
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11078,7 +11087,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/streams.pyx":366
+        /* "ivshmem/channel/streams.pyx":367
  *                 done += <uint64_t>n
  *                 if done == size:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -11091,7 +11100,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":365
+        /* "ivshmem/channel/streams.pyx":366
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11100,7 +11109,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":367
+      /* "ivshmem/channel/streams.pyx":368
  *                 if done == size:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -11109,7 +11118,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":363
+      /* "ivshmem/channel/streams.pyx":364
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11118,7 +11127,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":368
+    /* "ivshmem/channel/streams.pyx":369
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11130,7 +11139,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":369
+      /* "ivshmem/channel/streams.pyx":370
  *                 continue
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -11143,7 +11152,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":368
+      /* "ivshmem/channel/streams.pyx":369
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11152,7 +11161,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":370
+    /* "ivshmem/channel/streams.pyx":371
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11164,20 +11173,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":371
+      /* "ivshmem/channel/streams.pyx":372
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 371, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 371, __pyx_L1_error)
+      __PYX_ERR(0, 372, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":370
+      /* "ivshmem/channel/streams.pyx":371
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11186,7 +11195,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":372
+    /* "ivshmem/channel/streams.pyx":373
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11198,20 +11207,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":373
+      /* "ivshmem/channel/streams.pyx":374
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 373, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 374, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 373, __pyx_L1_error)
+      __PYX_ERR(0, 374, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":372
+      /* "ivshmem/channel/streams.pyx":373
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11220,19 +11229,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":374
+    /* "ivshmem/channel/streams.pyx":375
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object broken(self, int direction):
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":352
+  /* "ivshmem/channel/streams.pyx":353
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11255,7 +11264,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":376
+/* "ivshmem/channel/streams.pyx":377
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11280,7 +11289,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("broken", 0);
 
-  /* "ivshmem/channel/streams.pyx":378
+  /* "ivshmem/channel/streams.pyx":379
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11292,7 +11301,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":379
+    /* "ivshmem/channel/streams.pyx":380
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:
  *             return BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -11301,14 +11310,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/streams.pyx":380
+    /* "ivshmem/channel/streams.pyx":381
  *         if direction == SEND:
  *             return BrokenPipeError(
  *                 32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11322,7 +11331,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 380, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11331,7 +11340,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -11345,7 +11354,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":378
+    /* "ivshmem/channel/streams.pyx":379
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11354,7 +11363,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":382
+  /* "ivshmem/channel/streams.pyx":383
  *                 32, f"connection of {self.name!r}: the other end receives no more"
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")             # <<<<<<<<<<<<<<
@@ -11362,7 +11371,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
  *     cdef int check_alone(self, int direction) except -1:
 */
   __pyx_t_8 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11376,7 +11385,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 382, __pyx_L1_error)
+  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_9 = 1;
@@ -11385,7 +11394,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 383, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -11399,7 +11408,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":376
+  /* "ivshmem/channel/streams.pyx":377
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11421,7 +11430,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":384
+/* "ivshmem/channel/streams.pyx":385
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11448,7 +11457,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_alone", 0);
 
-  /* "ivshmem/channel/streams.pyx":385
+  /* "ivshmem/channel/streams.pyx":386
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11457,7 +11466,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   if (unlikely((__pyx_v_self->moving[__pyx_v_direction]))) {
 
-    /* "ivshmem/channel/streams.pyx":386
+    /* "ivshmem/channel/streams.pyx":387
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"             # <<<<<<<<<<<<<<
@@ -11477,7 +11486,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_v_verb = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":387
+    /* "ivshmem/channel/streams.pyx":388
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")             # <<<<<<<<<<<<<<
@@ -11485,9 +11494,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
  * 
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 387, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 387, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_6[1] = __pyx_t_4;
@@ -11503,7 +11512,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 387, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11513,14 +11522,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 387, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 387, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":385
+    /* "ivshmem/channel/streams.pyx":386
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11529,7 +11538,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":388
+  /* "ivshmem/channel/streams.pyx":389
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
  *         return 0             # <<<<<<<<<<<<<<
@@ -11542,7 +11551,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":384
+  /* "ivshmem/channel/streams.pyx":385
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11566,7 +11575,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":390
+/* "ivshmem/channel/streams.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11614,32 +11623,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 390, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 391, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 391, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 390, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 391, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 390, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 391, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 391, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 390, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 391, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11694,7 +11703,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":397
+        /* "ivshmem/channel/streams.pyx":398
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11703,17 +11712,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":398
+        /* "ivshmem/channel/streams.pyx":399
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":399
+        /* "ivshmem/channel/streams.pyx":400
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11722,7 +11731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":400
+          /* "ivshmem/channel/streams.pyx":401
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -11734,7 +11743,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":401
+          /* "ivshmem/channel/streams.pyx":402
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11742,7 +11751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 401, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 402, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -11761,13 +11770,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 402, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":402
+          /* "ivshmem/channel/streams.pyx":403
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -11780,20 +11789,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":403
+            /* "ivshmem/channel/streams.pyx":404
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 403, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 404, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":407
+        /* "ivshmem/channel/streams.pyx":408
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11841,7 +11850,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":390
+      /* "ivshmem/channel/streams.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11882,7 +11891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":409
+/* "ivshmem/channel/streams.pyx":410
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11911,7 +11920,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":411
+  /* "ivshmem/channel/streams.pyx":412
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11920,7 +11929,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":412
+  /* "ivshmem/channel/streams.pyx":413
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11928,7 +11937,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11947,13 +11956,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":414
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -11962,27 +11971,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":414
+    /* "ivshmem/channel/streams.pyx":415
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":415
+    /* "ivshmem/channel/streams.pyx":416
  *         while True:
  *             self.enter()
  *             self.check_alone(RECEIVE)             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":416
+    /* "ivshmem/channel/streams.pyx":417
  *             self.enter()
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -12006,7 +12015,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), (__pyx_v_into + __pyx_v_done), __pyx_t_8);
 
 
-    /* "ivshmem/channel/streams.pyx":417
+    /* "ivshmem/channel/streams.pyx":418
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12018,17 +12027,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":418
+      /* "ivshmem/channel/streams.pyx":419
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":417
+      /* "ivshmem/channel/streams.pyx":418
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12037,7 +12046,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":419
+    /* "ivshmem/channel/streams.pyx":420
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12049,7 +12058,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":420
+      /* "ivshmem/channel/streams.pyx":421
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -12058,7 +12067,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":421
+      /* "ivshmem/channel/streams.pyx":422
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12070,7 +12079,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/streams.pyx":422
+        /* "ivshmem/channel/streams.pyx":423
  *                 done += <uint64_t>n
  *                 if done == room:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -12083,7 +12092,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":421
+        /* "ivshmem/channel/streams.pyx":422
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12092,7 +12101,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":423
+      /* "ivshmem/channel/streams.pyx":424
  *                 if done == room:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -12101,7 +12110,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":419
+      /* "ivshmem/channel/streams.pyx":420
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12110,7 +12119,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":424
+    /* "ivshmem/channel/streams.pyx":425
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12136,7 +12145,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":425
+      /* "ivshmem/channel/streams.pyx":426
  *                 continue
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -12149,7 +12158,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":424
+      /* "ivshmem/channel/streams.pyx":425
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12158,7 +12167,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":426
+    /* "ivshmem/channel/streams.pyx":427
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12170,20 +12179,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":427
+      /* "ivshmem/channel/streams.pyx":428
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 427, __pyx_L1_error)
+      __PYX_ERR(0, 428, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":426
+      /* "ivshmem/channel/streams.pyx":427
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12192,7 +12201,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":428
+    /* "ivshmem/channel/streams.pyx":429
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12204,20 +12213,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":429
+      /* "ivshmem/channel/streams.pyx":430
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 429, __pyx_L1_error)
+      __PYX_ERR(0, 430, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":428
+      /* "ivshmem/channel/streams.pyx":429
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12226,19 +12235,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":430
+    /* "ivshmem/channel/streams.pyx":431
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":409
+  /* "ivshmem/channel/streams.pyx":410
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -12264,7 +12273,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":432
+/* "ivshmem/channel/streams.pyx":433
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12312,32 +12321,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 432, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 433, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 433, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 432, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 433, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 433, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 432, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 433, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12377,7 +12386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":440
+        /* "ivshmem/channel/streams.pyx":441
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -12386,7 +12395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 440, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 441, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -12402,7 +12411,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":432
+      /* "ivshmem/channel/streams.pyx":433
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12441,7 +12450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":442
+/* "ivshmem/channel/streams.pyx":443
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12472,7 +12481,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":445
+  /* "ivshmem/channel/streams.pyx":446
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12484,7 +12493,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":446
+    /* "ivshmem/channel/streams.pyx":447
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -12492,7 +12501,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -12503,7 +12512,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 446, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -12512,14 +12521,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 446, __pyx_L1_error)
+    __PYX_ERR(0, 447, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":445
+    /* "ivshmem/channel/streams.pyx":446
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12528,7 +12537,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":447
+  /* "ivshmem/channel/streams.pyx":448
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -12552,7 +12561,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":448
+  /* "ivshmem/channel/streams.pyx":449
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12564,7 +12573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":449
+    /* "ivshmem/channel/streams.pyx":450
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -12582,7 +12591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":448
+    /* "ivshmem/channel/streams.pyx":449
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12591,29 +12600,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":450
+  /* "ivshmem/channel/streams.pyx":451
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":452
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 451, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 452, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":452
+  /* "ivshmem/channel/streams.pyx":453
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -12628,9 +12637,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 452, __pyx_L1_error)
+      __PYX_ERR(0, 453, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 452, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -12647,7 +12656,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":442
+  /* "ivshmem/channel/streams.pyx":443
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12672,7 +12681,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":454
+/* "ivshmem/channel/streams.pyx":455
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12721,48 +12730,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 455, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 455, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 454, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 455, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 455, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 456, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 455, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12821,17 +12830,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":466
+        /* "ivshmem/channel/streams.pyx":467
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 466, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":467
+        /* "ivshmem/channel/streams.pyx":468
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12840,7 +12849,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":468
+          /* "ivshmem/channel/streams.pyx":469
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -12859,7 +12868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":469
+          /* "ivshmem/channel/streams.pyx":470
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12876,7 +12885,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":470
+            /* "ivshmem/channel/streams.pyx":471
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -12884,9 +12893,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 470, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 470, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 471, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -12897,7 +12906,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 470, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 471, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -12907,14 +12916,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 470, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 471, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 470, __pyx_L7_error)
+            __PYX_ERR(0, 471, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":469
+            /* "ivshmem/channel/streams.pyx":470
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12923,7 +12932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":471
+          /* "ivshmem/channel/streams.pyx":472
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -12935,9 +12944,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 471, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 472, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 471, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 472, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -12960,7 +12969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":473
+        /* "ivshmem/channel/streams.pyx":474
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13013,7 +13022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":454
+      /* "ivshmem/channel/streams.pyx":455
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13057,7 +13066,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":475
+/* "ivshmem/channel/streams.pyx":476
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13106,46 +13115,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 475, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 476, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 475, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 475, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 476, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 475, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 476, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 475, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 475, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 475, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 475, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 476, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13179,25 +13188,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":477
+  /* "ivshmem/channel/streams.pyx":478
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 477, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 478, __pyx_L1_error);
   __pyx_t_3 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -13213,7 +13222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":475
+  /* "ivshmem/channel/streams.pyx":476
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13235,7 +13244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":479
+/* "ivshmem/channel/streams.pyx":480
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13283,32 +13292,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 479, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 479, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 480, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 479, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13347,15 +13356,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":482
+        /* "ivshmem/channel/streams.pyx":483
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 482, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 482, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 483, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -13371,7 +13380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":479
+      /* "ivshmem/channel/streams.pyx":480
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13410,7 +13419,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":484
+/* "ivshmem/channel/streams.pyx":485
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13459,35 +13468,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 484, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 485, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 485, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 485, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 485, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 484, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 485, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 485, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 485, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13498,7 +13507,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 484, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 485, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13531,7 +13540,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 484, __pyx_L1_error)
+    __PYX_ERR(0, 485, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -13545,7 +13554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 485, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -13589,17 +13598,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 484, __pyx_L1_error)
+    __PYX_ERR(0, 485, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":489
+  /* "ivshmem/channel/streams.pyx":490
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -13609,15 +13618,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 489, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 489, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 490, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":490
+  /* "ivshmem/channel/streams.pyx":491
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
@@ -13625,27 +13634,27 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
  *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 490, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 491, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":491
+    /* "ivshmem/channel/streams.pyx":492
  *         view = memoryview(data).cast("B")
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 492, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 492, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 491, __pyx_L1_error);
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 491, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 492, __pyx_L1_error);
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 492, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -13661,21 +13670,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 491, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 492, __pyx_L1_error)
       __pyx_t_6 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_6);
     } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_6 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 491, __pyx_L1_error)
+      __PYX_ERR(0, 492, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/streams.pyx":492
+    /* "ivshmem/channel/streams.pyx":493
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
@@ -13689,12 +13698,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
 
       __pyx_t_8 = 0;
     } else {
-      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 492, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 493, __pyx_L1_error)
       __pyx_t_8 = __pyx_t_9;
     }
 
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 492, __pyx_L1_error)
+    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 493, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -13704,7 +13713,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":484
+  /* "ivshmem/channel/streams.pyx":485
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13735,7 +13744,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":494
+/* "ivshmem/channel/streams.pyx":495
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13783,32 +13792,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 494, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 495, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 494, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 494, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 495, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 494, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 495, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 494, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 494, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 495, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13856,17 +13865,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":498
+        /* "ivshmem/channel/streams.pyx":499
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":499
+        /* "ivshmem/channel/streams.pyx":500
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13875,15 +13884,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":500
+          /* "ivshmem/channel/streams.pyx":501
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 500, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 500, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 501, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -13899,7 +13908,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":502
+        /* "ivshmem/channel/streams.pyx":503
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13948,7 +13957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":494
+      /* "ivshmem/channel/streams.pyx":495
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13987,7 +13996,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":506
+/* "ivshmem/channel/streams.pyx":507
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14021,7 +14030,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move", 0);
 
-  /* "ivshmem/channel/streams.pyx":516
+  /* "ivshmem/channel/streams.pyx":517
  *         cdef iovec vector[2]
  *         cdef int64_t n, found
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14030,7 +14039,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/channel/streams.pyx":517
+  /* "ivshmem/channel/streams.pyx":518
  *         cdef int64_t n, found
  *         cdef int code = 0
  *         self.partly = False             # <<<<<<<<<<<<<<
@@ -14039,27 +14048,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = 0;
 
-  /* "ivshmem/channel/streams.pyx":518
+  /* "ivshmem/channel/streams.pyx":519
  *         cdef int code = 0
  *         self.partly = False
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.check_alone(direction)
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 519, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":519
+  /* "ivshmem/channel/streams.pyx":520
  *         self.partly = False
  *         self.enter()
  *         self.check_alone(direction)             # <<<<<<<<<<<<<<
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 520, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":520
+  /* "ivshmem/channel/streams.pyx":521
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14071,7 +14080,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":521
+    /* "ivshmem/channel/streams.pyx":522
  *         self.check_alone(direction)
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14080,7 +14089,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
 
-    /* "ivshmem/channel/streams.pyx":520
+    /* "ivshmem/channel/streams.pyx":521
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14090,7 +14099,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":523
+  /* "ivshmem/channel/streams.pyx":524
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14102,7 +14111,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":524
+  /* "ivshmem/channel/streams.pyx":525
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14114,7 +14123,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":525
+    /* "ivshmem/channel/streams.pyx":526
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14126,7 +14135,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       case IVSHMEM_AGAIN:
       case IVSHMEM_CLOSED:
 
-      /* "ivshmem/channel/streams.pyx":526
+      /* "ivshmem/channel/streams.pyx":527
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n             # <<<<<<<<<<<<<<
@@ -14139,7 +14148,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":525
+      /* "ivshmem/channel/streams.pyx":526
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14150,20 +14159,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       default: break;
     }
 
-    /* "ivshmem/channel/streams.pyx":527
+    /* "ivshmem/channel/streams.pyx":528
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n
  *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 527, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 528, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 527, __pyx_L1_error)
+    __PYX_ERR(0, 528, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":524
+    /* "ivshmem/channel/streams.pyx":525
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14172,7 +14181,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":528
+  /* "ivshmem/channel/streams.pyx":529
  *                 return n
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
@@ -14183,7 +14192,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":529
+  /* "ivshmem/channel/streams.pyx":530
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
@@ -14194,7 +14203,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":530
+  /* "ivshmem/channel/streams.pyx":531
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
@@ -14205,7 +14214,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":531
+  /* "ivshmem/channel/streams.pyx":532
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
@@ -14216,7 +14225,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":532
+  /* "ivshmem/channel/streams.pyx":533
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size
  *         found = n             # <<<<<<<<<<<<<<
@@ -14225,17 +14234,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_found = __pyx_v_n;
 
-  /* "ivshmem/channel/streams.pyx":533
+  /* "ivshmem/channel/streams.pyx":534
  *         vector[1].iov_len = pieces.second_size
  *         found = n
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         self.moving[direction] = True
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":534
+  /* "ivshmem/channel/streams.pyx":535
  *         found = n
  *         self.begin_copy()
  *         self.moving[direction] = True             # <<<<<<<<<<<<<<
@@ -14244,7 +14253,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   (__pyx_v_self->moving[__pyx_v_direction]) = 1;
 
-  /* "ivshmem/channel/streams.pyx":535
+  /* "ivshmem/channel/streams.pyx":536
  *         self.begin_copy()
  *         self.moving[direction] = True
  *         try:             # <<<<<<<<<<<<<<
@@ -14253,7 +14262,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":536
+    /* "ivshmem/channel/streams.pyx":537
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14266,7 +14275,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":537
+          /* "ivshmem/channel/streams.pyx":538
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14278,7 +14287,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":538
+            /* "ivshmem/channel/streams.pyx":539
  *             with nogil:
  *                 if direction == SEND:
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14298,7 +14307,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
 
 
-            /* "ivshmem/channel/streams.pyx":537
+            /* "ivshmem/channel/streams.pyx":538
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14308,7 +14317,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             goto __pyx_L11;
           }
 
-          /* "ivshmem/channel/streams.pyx":540
+          /* "ivshmem/channel/streams.pyx":541
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14331,7 +14340,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
           __pyx_L11:;
 
-          /* "ivshmem/channel/streams.pyx":541
+          /* "ivshmem/channel/streams.pyx":542
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14343,7 +14352,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":542
+            /* "ivshmem/channel/streams.pyx":543
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14352,7 +14361,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
             __pyx_v_code = errno;
 
-            /* "ivshmem/channel/streams.pyx":541
+            /* "ivshmem/channel/streams.pyx":542
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14362,7 +14371,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":536
+        /* "ivshmem/channel/streams.pyx":537
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14380,7 +14389,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":544
+  /* "ivshmem/channel/streams.pyx":545
  *                     code = errno
  *         finally:
  *             self.moving[direction] = False             # <<<<<<<<<<<<<<
@@ -14391,21 +14400,21 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     /*normal exit:*/{
       (__pyx_v_self->moving[__pyx_v_direction]) = 0;
 
-      /* "ivshmem/channel/streams.pyx":545
+      /* "ivshmem/channel/streams.pyx":546
  *         finally:
  *             self.moving[direction] = False
  *             self.end_copy()             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if code == EAGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 545, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L1_error)
 
       goto __pyx_L7;
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/streams.pyx":546
+  /* "ivshmem/channel/streams.pyx":547
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14417,7 +14426,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":547
+    /* "ivshmem/channel/streams.pyx":548
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14429,7 +14438,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":548
+      /* "ivshmem/channel/streams.pyx":549
  *         if n < 0:
  *             if code == EAGAIN:
  *                 return FD_WAITS             # <<<<<<<<<<<<<<
@@ -14442,7 +14451,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":547
+      /* "ivshmem/channel/streams.pyx":548
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14451,7 +14460,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":549
+    /* "ivshmem/channel/streams.pyx":550
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14463,30 +14472,30 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":550
+      /* "ivshmem/channel/streams.pyx":551
  *                 return FD_WAITS
  *             if code == EINTR:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 550, __pyx_L1_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":551
+      /* "ivshmem/channel/streams.pyx":552
  *             if code == EINTR:
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)             # <<<<<<<<<<<<<<
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 552, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_6;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":549
+      /* "ivshmem/channel/streams.pyx":550
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14495,7 +14504,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":552
+    /* "ivshmem/channel/streams.pyx":553
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
@@ -14503,15 +14512,15 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
  *         self.partly = n < found
 */
     __pyx_t_7 = NULL;
-    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_13 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14531,12 +14540,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 552, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 553, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_13 = 1;
@@ -14547,14 +14556,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 552, __pyx_L1_error)
+    __PYX_ERR(0, 553, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":546
+    /* "ivshmem/channel/streams.pyx":547
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14563,17 +14572,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":553
+  /* "ivshmem/channel/streams.pyx":554
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
  *         self.partly = n < found
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 554, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":554
+  /* "ivshmem/channel/streams.pyx":555
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found             # <<<<<<<<<<<<<<
@@ -14582,7 +14591,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
 
-  /* "ivshmem/channel/streams.pyx":555
+  /* "ivshmem/channel/streams.pyx":556
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14594,7 +14603,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":556
+    /* "ivshmem/channel/streams.pyx":557
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14606,7 +14615,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":557
+      /* "ivshmem/channel/streams.pyx":558
  *         if direction == SEND:
  *             if n:
  *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14615,7 +14624,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
       ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
 
-      /* "ivshmem/channel/streams.pyx":556
+      /* "ivshmem/channel/streams.pyx":557
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14624,7 +14633,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":555
+    /* "ivshmem/channel/streams.pyx":556
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14634,7 +14643,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L16;
   }
 
-  /* "ivshmem/channel/streams.pyx":559
+  /* "ivshmem/channel/streams.pyx":560
  *                 ivshmem_send_end(&self.stream, n)
  *         else:
  *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14646,7 +14655,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L16:;
 
-  /* "ivshmem/channel/streams.pyx":560
+  /* "ivshmem/channel/streams.pyx":561
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14658,17 +14667,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":561
+    /* "ivshmem/channel/streams.pyx":562
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 562, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":560
+    /* "ivshmem/channel/streams.pyx":561
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14677,7 +14686,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":562
+  /* "ivshmem/channel/streams.pyx":563
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return n             # <<<<<<<<<<<<<<
@@ -14690,7 +14699,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":506
+  /* "ivshmem/channel/streams.pyx":507
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14720,7 +14729,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":564
+/* "ivshmem/channel/streams.pyx":565
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -14753,7 +14762,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_in_time", 0);
 
-  /* "ivshmem/channel/streams.pyx":566
+  /* "ivshmem/channel/streams.pyx":567
  *     cdef object move_in_time(self, int direction, object fd, object size):
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
@@ -14762,7 +14771,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 567, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
     __pyx_t_5 = __pyx_v_fd;
@@ -14772,17 +14781,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 566, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/channel/streams.pyx":567
+  /* "ivshmem/channel/streams.pyx":568
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
@@ -14791,7 +14800,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_most = UINT64_MAX;
 
-  /* "ivshmem/channel/streams.pyx":568
+  /* "ivshmem/channel/streams.pyx":569
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -14802,18 +14811,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":569
+    /* "ivshmem/channel/streams.pyx":570
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
 */
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 569, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":570
+      /* "ivshmem/channel/streams.pyx":571
  *         if size is not None:
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
@@ -14821,7 +14830,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             if most == 0:
 */
       __pyx_t_5 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 571, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
       __pyx_t_8[1] = __pyx_t_7;
@@ -14835,7 +14844,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 570, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 571, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -14844,14 +14853,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 570, __pyx_L1_error)
+      __PYX_ERR(0, 571, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":569
+      /* "ivshmem/channel/streams.pyx":570
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
@@ -14860,17 +14869,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":571
+    /* "ivshmem/channel/streams.pyx":572
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size             # <<<<<<<<<<<<<<
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
 */
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 571, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 572, __pyx_L1_error)
     __pyx_v_most = __pyx_t_11;
 
-    /* "ivshmem/channel/streams.pyx":572
+    /* "ivshmem/channel/streams.pyx":573
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -14882,7 +14891,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":573
+      /* "ivshmem/channel/streams.pyx":574
  *             most = size
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
@@ -14895,14 +14904,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 573, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 573, __pyx_L1_error)
+      __PYX_ERR(0, 574, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":572
+      /* "ivshmem/channel/streams.pyx":573
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -14911,7 +14920,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":568
+    /* "ivshmem/channel/streams.pyx":569
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -14920,7 +14929,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":574
+  /* "ivshmem/channel/streams.pyx":575
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -14932,7 +14941,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   __pyx_v_timeout = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":575
+  /* "ivshmem/channel/streams.pyx":576
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14940,7 +14949,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             n = self.move(direction, number, most)
 */
   __pyx_t_10 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 575, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 576, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -14959,13 +14968,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 575, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __pyx_v_deadline = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":576
+  /* "ivshmem/channel/streams.pyx":577
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -14974,17 +14983,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":577
+    /* "ivshmem/channel/streams.pyx":578
  *         deadline = deadline_of(timeout)
  *         while True:
  *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 578, __pyx_L1_error)
     __pyx_v_n = __pyx_t_12;
 
-    /* "ivshmem/channel/streams.pyx":578
+    /* "ivshmem/channel/streams.pyx":579
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -14996,14 +15005,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":579
+      /* "ivshmem/channel/streams.pyx":580
  *             n = self.move(direction, number, most)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == FD_WAITS:
  *                 return None
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 579, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 580, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15016,7 +15025,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":578
+      /* "ivshmem/channel/streams.pyx":579
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15025,7 +15034,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":580
+    /* "ivshmem/channel/streams.pyx":581
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15037,7 +15046,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":581
+      /* "ivshmem/channel/streams.pyx":582
  *                 return n
  *             if n == FD_WAITS:
  *                 return None             # <<<<<<<<<<<<<<
@@ -15054,7 +15063,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":580
+      /* "ivshmem/channel/streams.pyx":581
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15063,7 +15072,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":582
+    /* "ivshmem/channel/streams.pyx":583
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15075,20 +15084,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":583
+      /* "ivshmem/channel/streams.pyx":584
  *                 return None
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
  *             self.await_half(direction, timeout, deadline)
  * 
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 583, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 583, __pyx_L1_error)
+      __PYX_ERR(0, 584, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":582
+      /* "ivshmem/channel/streams.pyx":583
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15097,18 +15106,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":584
+    /* "ivshmem/channel/streams.pyx":585
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)
  *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 584, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":564
+  /* "ivshmem/channel/streams.pyx":565
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15137,7 +15146,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":586
+/* "ivshmem/channel/streams.pyx":587
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15186,24 +15195,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 586, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 586, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 586, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 586, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":587
+      /* "ivshmem/channel/streams.pyx":588
  * 
  *     @cython.critical_section
  *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15212,17 +15221,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 586, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 587, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 586, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 586, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15233,7 +15242,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 586, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15246,7 +15255,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":586
+  /* "ivshmem/channel/streams.pyx":587
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15279,14 +15288,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":606
+        /* "ivshmem/channel/streams.pyx":607
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 606, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 607, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15301,7 +15310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":586
+      /* "ivshmem/channel/streams.pyx":587
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15339,7 +15348,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":608
+/* "ivshmem/channel/streams.pyx":609
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15388,24 +15397,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 608, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 608, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 608, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 608, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":609
+      /* "ivshmem/channel/streams.pyx":610
  * 
  *     @cython.critical_section
  *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15414,17 +15423,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 608, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 609, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 608, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 608, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15435,7 +15444,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 608, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15448,7 +15457,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":608
+  /* "ivshmem/channel/streams.pyx":609
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15481,14 +15490,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":628
+        /* "ivshmem/channel/streams.pyx":629
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 628, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 629, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15503,7 +15512,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":608
+      /* "ivshmem/channel/streams.pyx":609
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15541,7 +15550,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":630
+/* "ivshmem/channel/streams.pyx":631
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15610,24 +15619,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":633
+        /* "ivshmem/channel/streams.pyx":634
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 633, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 634, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":634
+        /* "ivshmem/channel/streams.pyx":635
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()
  *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 634, __pyx_L4_error)
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 635, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -15642,7 +15651,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":630
+      /* "ivshmem/channel/streams.pyx":631
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15680,7 +15689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":636
+/* "ivshmem/channel/streams.pyx":637
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15728,32 +15737,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 636, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 637, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 636, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 636, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 637, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 636, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 637, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 636, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 637, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 636, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 637, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15800,7 +15809,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":642
+        /* "ivshmem/channel/streams.pyx":643
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -15817,7 +15826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":643
+          /* "ivshmem/channel/streams.pyx":644
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -15825,7 +15834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 643, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 644, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -15836,7 +15845,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 643, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 644, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -15845,14 +15854,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 643, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 644, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 643, __pyx_L4_error)
+          __PYX_ERR(0, 644, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":642
+          /* "ivshmem/channel/streams.pyx":643
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -15861,17 +15870,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":644
+        /* "ivshmem/channel/streams.pyx":645
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 644, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":645
+        /* "ivshmem/channel/streams.pyx":646
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -15880,18 +15889,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":646
+        /* "ivshmem/channel/streams.pyx":647
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 646, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 647, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":636
+      /* "ivshmem/channel/streams.pyx":637
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15929,7 +15938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":648
+/* "ivshmem/channel/streams.pyx":649
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -15981,22 +15990,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 648, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 649, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 648, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 648, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 649, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -16006,11 +16015,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 648, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 648, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 649, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16029,7 +16038,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 648, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 649, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16063,15 +16072,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":650
+  /* "ivshmem/channel/streams.pyx":651
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 651, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 650, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 651, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16091,7 +16100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 650, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 651, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16105,7 +16114,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":648
+  /* "ivshmem/channel/streams.pyx":649
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -17373,14 +17382,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 485, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 485, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -18249,264 +18258,264 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":289
+  /* "ivshmem/channel/streams.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def abort(self):
  *         """Close at once, so that the other end sees a reset instead of an end.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":302
+  /* "ivshmem/channel/streams.pyx":303
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":308
+  /* "ivshmem/channel/streams.pyx":309
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":312
+  /* "ivshmem/channel/streams.pyx":313
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":332
+  /* "ivshmem/channel/streams.pyx":333
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":390
+  /* "ivshmem/channel/streams.pyx":391
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":432
+  /* "ivshmem/channel/streams.pyx":433
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":454
+  /* "ivshmem/channel/streams.pyx":455
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":475
+  /* "ivshmem/channel/streams.pyx":476
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 475, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":479
+  /* "ivshmem/channel/streams.pyx":480
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 479, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":484
+  /* "ivshmem/channel/streams.pyx":485
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":494
+  /* "ivshmem/channel/streams.pyx":495
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 494, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 495, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":586
+  /* "ivshmem/channel/streams.pyx":587
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def read_from(self, fd, size=None):
  *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 586, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":608
+  /* "ivshmem/channel/streams.pyx":609
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def write_to(self, fd, size=None):
  *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":630
+  /* "ivshmem/channel/streams.pyx":631
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 630, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 630, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":636
+  /* "ivshmem/channel/streams.pyx":637
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 636, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 636, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":648
+  /* "ivshmem/channel/streams.pyx":649
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 648, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18514,7 +18523,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 648, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 649, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18625,7 +18634,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":454
+  /* "ivshmem/channel/streams.pyx":455
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -18634,12 +18643,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 455, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":648
+  /* "ivshmem/channel/streams.pyx":649
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -18648,7 +18657,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 648, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 649, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -18836,7 +18845,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 484};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 485};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -18876,82 +18885,82 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_abort, __pyx_mstate->__pyx_kp_b_iso88591_A_L_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 302};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 333};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 390};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 455};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 475};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 476};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 479};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 494};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 495};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 586};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 608};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 609};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 630};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 631};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 636};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 637};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 648};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 649};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }

@@ -272,6 +272,7 @@ cdef class Stream(ChannelEnd):
         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
 
     cdef int restore(self) except -1:
+        ivshmem_stream_beat(&self.stream)
         if self.awaited and (
             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
             or look(&self.stream, SEND) != IVSHMEM_AGAIN

@@ -39,6 +39,7 @@ struct ivshmem_stream {
     unsigned connection, end;
     unsigned epoch; /* of the connection */
     uint64_t sent, received;
+    uint64_t passed; /* of what was sent: received by the other end, as this one saw it last */
     unsigned sends_no_more, receives_no_more;
     struct ivshmem_sleep sleep;
     uint64_t rung;
@@ -94,7 +95,7 @@ static inline void ivshmem_stream_wake(struct ivshmem_stream *stream)
 static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
-    stream->sent = stream->received = 0;
+    stream->sent = stream->received = stream->passed = 0;
     stream->sends_no_more = stream->receives_no_more = 0;
     stream->sleep.at = ivshmem_end_at(channel, stream->connection, stream->end) + 16u;
     stream->sleep.epoch = stream->epoch;
@@ -117,7 +118,8 @@ static inline int ivshmem_connection_is_free(const struct ivshmem_channel *chann
         return 0;
     if (ivshmem_flags(caller) == IVSHMEM_SLOT_OPEN
             ? !ivshmem_is_gone(&channel->area, ivshmem_place_of(caller))
-            : ivshmem_flags(caller) == IVSHMEM_SLOT_CLOSING && !has_acceptor)
+            : ivshmem_flags(caller) == IVSHMEM_SLOT_CLOSING && !has_acceptor &&
+                  ivshmem_epoch(acceptor) != ivshmem_epoch(caller)) /* it can still be accepted */
         return 0;
     /* The caller's word first: while it is not free, a listener may accept. */
     if (ivshmem_flags(caller) != IVSHMEM_SLOT_FREE &&
@@ -295,15 +297,19 @@ static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
     unsigned end = 1u - stream->end;
     uint64_t at = ivshmem_end_at(channel, stream->connection, end), head, tail;
     uint64_t owner = ivshmem_get(channel, ivshmem_end_owner_at(channel, stream->connection, end));
-    /* An acceptor's word of another epoch: no listener has accepted yet. */
-    other->closed = ivshmem_epoch(owner) == stream->epoch &&
-                    (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE ||
-                     ivshmem_is_gone(&channel->area, ivshmem_place_of(owner)));
+    /* An acceptor's word of another epoch: no listener has accepted yet. A caller's: it was gone when this
+     * end accepted, and somebody else has used, or tried to use, the connection since. */
+    other->closed = ivshmem_epoch(owner) != stream->epoch
+                        ? stream->end == 1
+                        : ivshmem_flags(owner) == IVSHMEM_SLOT_FREE ||
+                              ivshmem_is_gone(&channel->area, ivshmem_place_of(owner));
     /* Whether it is gone comes first: what it sent before that is found. */
     ivshmem_load_barrier(&channel->area.memory);
     head = ivshmem_get(channel, at);
     tail = ivshmem_get(channel, at + 8u);
-    other->sent = other->received = 0;
+    /* A word of another epoch is not stored yet, or a former owner's late store: it tells nothing. */
+    other->sent = stream->received;
+    other->received = stream->passed;
     other->sends_no_more = other->receives_no_more = 0;
     if (ivshmem_epoch(head) == stream->epoch) {
         other->sent = ivshmem_value(head);
@@ -361,6 +367,7 @@ static inline int64_t ivshmem_send_begin(struct ivshmem_stream *stream, uint64_t
         return code;
     if (stream->sends_no_more || other.closed || other.receives_no_more)
         return IVSHMEM_CLOSED;
+    stream->passed = other.received;
     size = stream->channel->layout.cell_bytes - ivshmem_ahead(stream->sent, other.received);
     size = size < most ? size : most;
     if (size == 0)
@@ -450,6 +457,20 @@ static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
 {
     stream->sleep.more = 0;
     ivshmem_sleep_begin(stream->channel, &stream->sleep);
+}
+
+/* Once a beat: store again what a late store of a former owner may have spoiled. */
+static inline void ivshmem_stream_beat(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    uint64_t at = ivshmem_end_at(channel, stream->connection, stream->end);
+    if (ivshmem_get(channel, at) ==
+            ivshmem_word(stream->sent, stream->sends_no_more, stream->epoch) &&
+        ivshmem_get(channel, at + 8u) ==
+            ivshmem_word(stream->received, stream->receives_no_more, stream->epoch))
+        return;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_wake(stream);
 }
 
 /* Free one's own end. The other one finds it closed. Unless this end has said that it sends no more,

@@ -8,7 +8,8 @@
 /* In a queue, and in a channel of calls, each position of a writer has a claim, which the readers
  * (for calls: the servers) compare-exchange:
  *
- *     low 28 bits of the position | reader's slot (12) | enum ivshmem_claim | reader's epoch, or 0
+ *     low 28 bits of the position | reader's slot (12) | enum ivshmem_claim | epoch of the reader; of
+ *                                                     the writer, if the claim is open; or 0
  *
  * Only the writer changes IVSHMEM_CLAIM_NONE.
  */
@@ -79,9 +80,13 @@ static inline struct ivshmem_place ivshmem_claimer(const struct ivshmem_channel 
 }
 
 /* Whether a claim of a writer that closed or is gone needs no reader any more. A message that a
- * reader was copying (at most once) when it ended is lost; a reply that came too late is dropped. */
+ * reader was copying (at most once) when it ended is lost; a reply that came too late is dropped.
+ *
+ * `owner` is the writer's owner word, as it was found. Another process may free the slot while this one
+ * stands still, and a new owner may take it. So the word is looked at again: what was read of the claim
+ * before is the former owner's. A new owner's claims have other epochs: no exchange meets them. */
 static inline int ivshmem_claim_ends(const struct ivshmem_channel *channel, unsigned writer,
-                                     uint64_t position)
+                                     uint64_t position, uint64_t owner)
 {
     uint64_t at = ivshmem_claim_at(channel, writer, position);
     uint64_t claim = ivshmem_get(channel, at);
@@ -94,7 +99,8 @@ static inline int ivshmem_claim_ends(const struct ivshmem_channel *channel, unsi
          ivshmem_claim_age(ivshmem_value(ivshmem_head(channel, writer)), claim) == 0) ||
         ((state == IVSHMEM_CLAIM_ONCE || (is_call && state == IVSHMEM_CLAIM_TAKEN)) &&
          ivshmem_is_gone(&channel->area, ivshmem_claimer(channel, claim))))
-        return ivshmem_claim_exchange(channel, at, claim,
+        return ivshmem_writer_owner(channel, writer) == owner &&
+               ivshmem_claim_exchange(channel, at, claim,
                                       ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_NONE, 0));
     return 0;
 }

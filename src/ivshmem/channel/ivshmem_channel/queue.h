@@ -44,7 +44,7 @@ static inline uint64_t ivshmem_queue_publish(struct ivshmem_writer *writer, uint
     ivshmem_writer_add(writer, cell, length, time, user);
     ivshmem_announce(&channel->area.memory,
                      channel->at + ivshmem_claim_at(channel, writer->slot, position),
-                     ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_OPEN, 0));
+                     ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_OPEN, writer->epoch));
     ivshmem_announce(&channel->area.memory, writer->head_at,
                      ivshmem_word(writer->next, 0, writer->epoch));
     ivshmem_wake_readers(writer->member, channel, 1, &writer->rung);

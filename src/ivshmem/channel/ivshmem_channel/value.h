@@ -12,7 +12,11 @@
  */
 
 /* Look at the value. IVSHMEM_AGAIN: it was never set, or its writer is faster than this reader.
- * `ivshmem_check` says afterwards whether what was copied or seen is whole. */
+ * `ivshmem_check` says afterwards whether what was copied or seen is whole.
+ *
+ * A new writer leaves what a former one set, until it sets the value itself; also if it ends before it
+ * has stored a head of its own. So a head need not have the epoch of the slot's owner. But one that is
+ * older than a head that this reader has seen is a former owner's late store, and tells nothing. */
 static inline int ivshmem_value_look(struct ivshmem_reader *reader,
                                      struct ivshmem_message *message)
 {
@@ -20,15 +24,18 @@ static inline int ivshmem_value_look(struct ivshmem_reader *reader,
     struct ivshmem_source *source = &reader->sources[0];
     for (unsigned tries = 0; tries < 64; tries++) {
         uint64_t head = ivshmem_head(channel, 0), position, entry;
-        uint64_t owner = ivshmem_writer_owner(channel, 0);
+        unsigned older = (source->epoch - ivshmem_epoch(head)) & IVSHMEM_EPOCH_MASK;
         int code;
-        if (ivshmem_value(head) == 0 || ivshmem_epoch(owner) != ivshmem_epoch(head))
+        if (ivshmem_value(head) == 0)
             return IVSHMEM_AGAIN;
+        if (older != 0 && older <= IVSHMEM_EPOCH_MASK / 2 &&
+            ivshmem_epoch(ivshmem_writer_owner(channel, 0)) != ivshmem_epoch(head))
+            return IVSHMEM_AGAIN;
+        source->epoch = ivshmem_epoch(head);
         position = (ivshmem_value(head) - 1) & IVSHMEM_VALUE_MASK;
-        /* A new writer leaves what a former one set, until it sets the value itself. */
         entry = ivshmem_entry_at(channel, 0, position);
-        source->epoch = ivshmem_epoch(ivshmem_get(channel, entry));
-        code = ivshmem_entry_read(channel, entry, 0, position, source->epoch, message);
+        code = ivshmem_entry_read(channel, entry, 0, position,
+                                  ivshmem_epoch(ivshmem_get(channel, entry)), message);
         source->next = ivshmem_value(head);
         if (code != IVSHMEM_OVERTAKEN)
             return code;

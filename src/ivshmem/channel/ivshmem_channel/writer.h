@@ -53,7 +53,7 @@ static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
         return;
     if (ivshmem_has_claims(channel)) {
         for (uint32_t i = 0; i < channel->record.geometry.slots; i++)
-            if (!ivshmem_claim_ends(channel, slot, i))
+            if (!ivshmem_claim_ends(channel, slot, i, owner))
                 return;
     } else if (channel->record.geometry.kind == IVSHMEM_MESSAGES)
         for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
