@@ -18,6 +18,7 @@ from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
 from ..memory.pages import file_system
 from ..memory.region import Region
 from ..native.areas import find_area
+from ..peer.channel_area import obstacle
 from ..peer.endpoint import Endpoint
 from ..system.uncopied import Uncopied
 from ..text import plain
@@ -478,7 +479,7 @@ def open(  # noqa: A001 - as guest.open
         name: of this process, for people; None: the program's.
 
     Raises:
-        NoChannels: the region has no room for channels.
+        NoChannels: the region has no room for channels, or those of another version.
         ChannelError: every place is taken.
         ClosedError: the region is closed.
     """
@@ -500,7 +501,7 @@ def open(  # noqa: A001 - as guest.open
         name = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
     area = find_area(region)
     if area is None:
-        raise NoChannels(NO_AREA)
+        raise NoChannels(obstacle(region) or NO_AREA)
     return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
 
 

@@ -11,6 +11,7 @@ from .. import channel
 from ..channel.membership import NO_AREA
 from ..errors import ChannelError, NoChannels
 from ..native import areas
+from ..peer.channel_area import obstacle
 from ..text import plain
 from . import channel_text, endpoints
 from .channel_region import ChannelCommand, joined, observe, others
@@ -104,7 +105,7 @@ def _freed_at_once(options: argparse.Namespace) -> bool:
     with endpoints.opened(options) as endpoint:
         area = areas.find_area(endpoint.region)
         if area is None:
-            raise NoChannels(NO_AREA)
+            raise NoChannels(obstacle(endpoint.region) or NO_AREA)
         return areas.free_place(endpoint.region, area.offset, options.place)
 
 

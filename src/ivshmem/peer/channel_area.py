@@ -8,12 +8,19 @@ that, the next one finds no area, and makes it again at the same place.
 
 from __future__ import annotations
 
-from ..errors import RegionError
+import struct
+import zlib
+
+from ..errors import NoDirectory, RegionError
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..native import areas
 from .limits import AREA_PAGE, AREA_START, LEAST_AREA
-from .names_table import Trailer, start_of, write_trailer
+from .names_table import Trailer, start_of, trailer_of, write_trailer
+
+VERSION = 1  # IVSHMEM_AREA_VERSION of channel/ivshmem_channel/area.h
+_MAGIC = b"SVMHCHNL"
+_HEADER = struct.Struct("<8sI 28x Q")  # magic, version, CRC-32 of the 40 bytes before it
 
 
 def place_of(size: int, slots: int, wanted: int) -> range:
@@ -45,7 +52,8 @@ def set_aside(region: Region, trailer: Trailer, wanted: int) -> Trailer:
     An area of that size which is there stays as it is.
 
     Raises:
-        RegionError: it does not fit; one of another size is there; the region is read-only.
+        RegionError: it does not fit; one of another size or version is there; the region is
+            read-only.
     """
     there = trailer.area
     if there is None:
@@ -59,7 +67,32 @@ def set_aside(region: Region, trailer: Trailer, wanted: int) -> Trailer:
         area = areas.area_of(region, there.start)
         if area is not None and area.size == wanted:
             return trailer
+        if area is None and (unknown := _unknown_version(region, there)):
+            raise RegionError(unknown)  # channels of other processes, perhaps: do not destroy them
     areas.make_area(region, there.start, wanted)
     trailer = trailer._replace(area=there)
     write_trailer(region, trailer)
     return trailer
+
+
+def obstacle(region: Region) -> str:
+    """Say what keeps this version from the channels of a region; "": it has no room for any."""
+    try:
+        trailer = trailer_of(region)
+    except NoDirectory as error:
+        return str(error)
+    return "" if trailer is None or trailer.area is None else _unknown_version(region, trailer.area)
+
+
+def _unknown_version(region: Region, there: range) -> str:
+    """Say that there is an area of a version that is not known here; "": there is none."""
+    if there.start + _HEADER.size > region.size:
+        return ""
+    raw = region.read(there.start, _HEADER.size)
+    magic, version, crc = _HEADER.unpack(raw)
+    if magic != _MAGIC or crc != zlib.crc32(raw[:40]) or version == VERSION:
+        return ""
+    return (
+        f"the region's channels are of version {version}, which is not known here (version"
+        f" {VERSION} is): let all peers have one version of ivshmem, or make new memory"
+    )

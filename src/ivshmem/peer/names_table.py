@@ -133,7 +133,7 @@ def trailer_of(region: Region) -> Trailer | None:
     if version != VERSION:
         raise NoDirectory(
             f"the region has a directory of version {version}, which is not known here (version"
-            f" {VERSION} is)"
+            f" {VERSION} is): let all peers have one version of ivshmem, or make new memory"
         )
     if not 1 <= slots <= MAX_SLOTS or not _fits(region.size, slots):
         return None

@@ -7,7 +7,8 @@ A journal has one section for the service (SERVICE_SECTION) and one for each reg
 region's number. A record stands there as a list: the section's number, the record's kind, its
 fields. MEMBER_KINDS and SERVICE_KINDS name the kinds. A field that an older version did not write
 has the default that is given here. A reader ignores further fields, which a newer version wrote;
-but not those of a member that joined: they can say what it must not be told, as `holds` does.
+but not those of a region, nor those of a member that joined: they can say what it must not be
+told, as `holds` does.
 
 Members are named by their serial numbers, descriptors by the numbers that they have in the process
 that wrote the record.
