@@ -316,6 +316,15 @@ def test_every_subcommand_has_its_help() -> None:
     assert re.findall(r"^```\{help-of\} guest (\w+)$", page, re.M) == of_guest
 
 
+def test_figures_that_are_quoted_were_measured() -> None:
+    page = (HOME / "docs/howto/which-transport.md").read_text()
+    measured = (HOME / "bench/README.md").read_text()
+    rows = re.findall(r"^\| (.+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 10
+    for what, ratio in rows:
+        assert re.search(rf"^\| {re.escape(what)} \|.* {re.escape(ratio)} \|", measured, re.M), what
+
+
 def test_every_record_is_listed() -> None:
     page = (HOME / "docs/reference/file-formats.md").read_text()
     listed = re.findall(r'^\| `\[(?:0, )?"(\w+)"', page, re.M)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import importlib.util
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.messages import said
 from support.peer import FakeServer
 from support.waiting import PATIENCE
 
@@ -29,36 +29,6 @@ IVSHMEM = command([sys.executable, "-m", "ivshmem"])
 
 
 # -- all of them, by reading the source ------------------------------------------------------------
-
-
-def texts(path: Path) -> Iterator[str]:
-    """What a module can say: its strings, with X where a value goes, without its docstrings."""
-    todo: list[ast.AST] = [ast.parse(path.read_text())]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(
-                part.value
-                if isinstance(part, ast.Constant) and isinstance(part.value, str)
-                else "X"
-                for part in node.values
-            )
-        elif isinstance(node, ast.Constant):
-            if isinstance(node.value, str):
-                yield node.value
-        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            todo.extend(ast.iter_child_nodes(node))
-
-
-@functools.cache  # not at import: each worker imports this file, and to read takes a second
-def said() -> list[tuple[Path, str]]:
-    """What the modules can say, and where."""
-    return [
-        (path.relative_to(HOME), text)
-        for path in sorted(HOME.rglob("*.py"))
-        for text in texts(path)
-        if " " in text
-    ]
 
 
 def commands_said() -> list[str]:
