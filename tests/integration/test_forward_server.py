@@ -16,6 +16,7 @@ from support.waiting import PATIENCE
 
 import ivshmem
 from ivshmem import channel
+from ivshmem.channel import identity
 
 pytestmark = pytest.mark.usefixtures("commands")
 
@@ -142,6 +143,25 @@ def test_a_new_server_with_the_same_memory(directory: Path, socket_path: str) ->
             with pair.joined() as (near, far):
                 assert exchanged(near, far, 100_000, 5)
             answers(socket_path, pair)
+
+
+def test_a_new_server_beside_a_virtual_machine(
+    directory: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose memory stays that of the old server: the forward stays, too, until it has ended."""
+    with served(socket_path) as server, joined_pair(directory, socket_path) as pair:
+        monkeypatch.setattr(identity, "machine", lambda: 7)
+        with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+            with channel.open(client):
+                server.kill()
+                server.start()
+                for side in (pair.near, pair.far):
+                    side.says("stays in the memory of the old one while other machines are at work")
+                with pair.joined() as (near, far):
+                    assert exchanged(near, far, 100_000, 9)
+        rejoined(pair.near, pair.far)
+        with pair.joined() as (near, far):
+            assert exchanged(near, far, 100_000, 10)
 
 
 def test_a_signal_after_the_server(directory: Path, socket_path: str) -> None:

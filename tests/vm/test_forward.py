@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from support.forwards import Forward
 
 import ivshmem
+from ivshmem import channel
 
 from .host import TIMEOUT
 from .resident import Run
@@ -128,3 +130,125 @@ def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> No
                 assert found["end"][direction]["bytes"] > 100_000, found["end"]
         finally:
             assert near.end() == 0
+
+
+# Each end of a forward between two guests. The first argument says which; with a second one it is a
+# client of a broker. Sockets are of Unix: a guest has no network.
+GUEST_END = r"""
+import hashlib, os, signal, socket, subprocess, sys, threading
+
+command = [sys.executable, "-m", "ivshmem"]
+place = ["--guest", "--memory", "vfio"]
+broker = None
+if len(sys.argv) > 2:
+    place = ["-S", "/run/forward-broker"]
+    broker = subprocess.Popen([*command, "guest", "serve", *place], stdout=subprocess.PIPE)
+    broker.stdout.readline()
+
+def started(*words):
+    process = subprocess.Popen(
+        [*command, "forward", *place, "both", *words], stderr=subprocess.PIPE
+    )
+    while b"both: " not in (line := process.stderr.readline()):
+        assert line
+    return process
+
+if sys.argv[1] == "connect":
+    target = socket.socket(socket.AF_UNIX)
+    target.bind("\0target")
+    target.listen()
+    forward = started("--connect", "unix:@target", "--connections", "2", "--buffer", "32K")
+    print("STARTED", flush=True)
+    with target.accept()[0] as end:
+        while data := end.recv(1 << 16):
+            end.sendall(data)
+    target.accept()[0].close()  # without reading what came: a reset
+else:
+    forward = started("--listen", "unix:@listens")
+    data = os.urandom(100_000)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect("\0listens")
+        def send():
+            end.sendall(data)
+            end.shutdown(socket.SHUT_WR)
+        threading.Thread(target=send).start()
+        came = bytearray()
+        while part := end.recv(1 << 16):
+            came += part
+    print("ECHO", came == data, flush=True)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect("\0listens")
+        end.settimeout(60)
+        try:
+            while True:
+                end.sendall(bytes(1 << 16))
+        except (BrokenPipeError, ConnectionResetError):
+            print("REFUSED", flush=True)
+sys.stdin.readline()
+forward.send_signal(signal.SIGTERM)
+print("ENDED", forward.wait(), flush=True)
+if broker is not None:
+    broker.send_signal(signal.SIGTERM)
+    broker.wait()
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("broker", [(), ("broker",)])
+def test_guest_to_guest(pair: Pair, pair_host: ivshmem.Client, broker: tuple[str, ...]) -> None:
+    """Bytes both ways at once, a half-close, and a target that goes without reading."""
+    ivshmem.Directory.create(pair_host.region, channels="512K").close()
+    connects = pair.a.run(GUEST_END, "connect", *broker)
+    connects.expect("STARTED")
+    listens = pair.b.run(GUEST_END, "listen")
+    assert listens.expect("ECHO") == "ECHO True"
+    listens.expect("REFUSED")
+    for run in (listens, connects):
+        run.send("end")
+        assert run.expect("ENDED") == "ENDED 0"
+        assert run.wait() == 0
+
+
+COMMANDS = r"""
+import subprocess, sys
+
+def run(*words, stdin=None):
+    command = [sys.executable, "-m", "ivshmem", "channel", words[0], "--guest", *words[1:]]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+assert "log" in run("ls")
+print("GOT", run("cat", "log", "--history", "1", "-n", "1", "-t", "60"), flush=True)
+run("put", "log", "from the guest")
+print("RATE", run("hz", "log", "-n", "2", "-i", "0.5").splitlines()[-1], flush=True)
+"""
+
+
+@pytest.mark.nightly
+def test_channel_commands_in_a_guest(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """`ls`, `cat`, `put` and `hz`, with the host at the other end."""
+    ivshmem.Directory.create(pair_host.region, channels="512K").close()
+    with channel.open(pair_host) as channels:
+        log = channels.create_messages("log", limit=100)
+        with log.reader() as reader, log.writer() as writer:
+            writer.put(b"from the host")
+            run = pair.a.run(COMMANDS)
+            assert run.expect("GOT") == "GOT from the host"
+            messages = iter(lambda: reader.get(timeout=TIMEOUT), b"from the guest")
+            assert list(messages) == [b"from the host"]
+            ended = threading.Event()
+
+            def write() -> None:
+                while not ended.wait(0.05):
+                    reader.get(0)
+                    writer.put(b"x", timeout=TIMEOUT)
+
+            thread = threading.Thread(target=write)
+            thread.start()
+            try:
+                assert "/s, interval min " in run.expect("RATE")
+            finally:
+                ended.set()
+                thread.join()
+            assert run.wait() == 0
