@@ -43,7 +43,7 @@ static const char *const class_names[CLASSES] = {
 
 struct label {
     enum word_class class;
-    unsigned a, b; /* as the model numbers it; of a cell: the writer, and which of its words */
+    unsigned a, b; /* as the model numbers it; of a cell: the writer, and 8 * cell + word */
 };
 
 static const struct ivshmem_channel *the_channel; /* of the script */
@@ -104,7 +104,8 @@ static struct label label_of(uint64_t at)
         uint64_t of_writer = layout->cells_each * layout->cell_bytes;
         label.class = CELL;
         label.a = (unsigned)((at - layout->cells) / of_writer);
-        label.b = (unsigned)((at - layout->cells) % layout->cell_bytes / 8);
+        label.b = (unsigned)((at - layout->cells) % of_writer / layout->cell_bytes * 8 +
+                             (at - layout->cells) % layout->cell_bytes / 8);
         if (g->kind == IVSHMEM_CALLS && (at - layout->cells) % of_writer >= of_writer / 2)
             label.class = REPLY;
     } else if (at >= layout->backlogs) {
@@ -325,9 +326,12 @@ static int is_extra(struct label label, const char *function)
     case TIME: case USER: case OTHER: case NUMBER:
         return 1;
     case CELL:
-        return label.b != 0 && !has_two_parts;
+        return label.b % 8 != 0 && !has_two_parts;
     case STAMP: case BACKLOG_STAMP: /* the model looks at it only behind the payload */
-        return strcmp(function, "ivshmem_entry_read") == 0;
+        if (the_channel->record.geometry.kind == IVSHMEM_QUEUE) /* there a claim says the same */
+            return 1;
+        return strcmp(function, "ivshmem_entry_read") == 0 ||
+               strcmp(function, "ivshmem_value_look") == 0;
     case CLAIM:
         return strcmp(function, "ivshmem_claim_ends") == 0;
     default:
@@ -587,7 +591,7 @@ static int read_token(const char *text)
         i++;
     token->label.class = (enum word_class)i;
     token_count++;
-    has_two_parts |= token->label.class == CELL && token->label.b == 1;
+    has_two_parts |= token->label.class == CELL && token->label.b % 8 == 1;
     return i < CLASSES && token->party < party_count;
 }
 

@@ -387,6 +387,116 @@ static void the_claim_of_a_dead_one(void)
     party_count--;
 }
 
+/* -- as the cases of the model that these follow ----------------------------------------------------- */
+
+/* The model fills a cell first, and waits for room then. */
+static void write_loans(struct party *party)
+{
+    struct ivshmem_writer *writer = &party->peer->writer;
+    for (unsigned i = 0; i < total; i++) {
+        uint64_t words[2];
+        uint32_t cell = 0;
+        words[0] = words[1] = number_of(writer->slot, i);
+        must(ivshmem_loan(writer, &cell));
+        IVSHMEM_COPY(region + writer->cells_at + cell * writer->channel->layout.cell_bytes, words,
+                     LENGTH);
+        while (ivshmem_queue_ready(writer) == IVSHMEM_AGAIN) {
+            ivshmem_queue_writer_sleep(writer);
+            if (ivshmem_queue_ready(writer) == IVSHMEM_AGAIN)
+                wait_for_ring();
+            ivshmem_sleep_end(writer->channel, &writer->sleep);
+        }
+        ivshmem_queue_publish(writer, cell, LENGTH, words[0], words[0]);
+    }
+    write_some(party, total, total);
+}
+
+/* Take the next message, pass a ring on, and copy it. */
+static void take_next(struct party *party, enum ivshmem_claim as, struct ivshmem_taken *taken,
+                      uint64_t *words)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    int thorough = 0;
+    while (ivshmem_queue_take(reader, as, thorough, taken) != 0) {
+        thorough = ivshmem_queue_sleep(reader) == 0;
+        if (!thorough)
+            wait_for_ring();
+        ivshmem_queue_awake(reader);
+    }
+    ivshmem_queue_pass_on(reader);
+    IVSHMEM_COPY(words, region + taken->message.offset, LENGTH);
+}
+
+static void read_as(struct party *party, enum ivshmem_claim as, uint64_t most)
+{
+    while (party->got < most) {
+        struct ivshmem_taken taken;
+        uint64_t words[2];
+        take_next(party, as, &taken, words);
+        must(ivshmem_queue_done(&party->peer->reader, &taken));
+        got(party, &taken, words);
+        is_done(&taken, words);
+    }
+    end_reading(party);
+}
+
+static void get_as(struct party *party)
+{
+    read_as(party, IVSHMEM_CLAIM_ONCE, total);
+}
+
+static void take_as(struct party *party)
+{
+    read_as(party, IVSHMEM_CLAIM_TAKEN, total);
+}
+
+/* Take a message and give it back, when the other reader has been told to begin. */
+static void fail_as(struct party *party)
+{
+    const struct ivshmem_memory *memory = &channel.area.memory;
+    struct ivshmem_taken taken;
+    uint64_t words[2];
+    take_next(party, IVSHMEM_CLAIM_TAKEN, &taken, words);
+    ivshmem_load_barrier(memory);
+    ivshmem_store(memory, channel.at + IVSHMEM_JOINS, 1);
+    ivshmem_full_fence(memory);
+    ring(NULL, 2, 0);
+    must(ivshmem_queue_return(&party->peer->reader, &taken));
+    end_reading(party);
+}
+
+static void second_as(struct party *party)
+{
+    while (ivshmem_load(&channel.area.memory, channel.at + IVSHMEM_JOINS) == 0)
+        wait_for_ring();
+    read_as(party, IVSHMEM_CLAIM_ONCE, 1);
+}
+
+static void begin_as(unsigned readers, unsigned messages)
+{
+    begin(1, readers, messages);
+    must(open_writer(add_party("w0", write_loans)->peer));
+}
+
+static void as_get(void)
+{
+    begin_as(1, 3);
+    add_reader("r0", get_as);
+}
+
+static void as_take(void)
+{
+    begin_as(1, 3);
+    add_reader("r0", take_as);
+}
+
+static void as_fail(void)
+{
+    begin_as(2, 1);
+    add_reader("r0", fail_as);
+    add_reader("r1", second_as);
+}
+
 static void reset(void)
 {
     ended_writers = 0;
@@ -416,6 +526,9 @@ int main(int argc, char **argv)
         {"one-each", one_each, check},
         {"a-reader-dies", a_reader_dies, check},
         {"a-getting-reader-dies", a_getting_reader_dies, check},
+        {"as-get", as_get, check},
+        {"as-take", as_take, check},
+        {"as-fail", as_fail, check},
         {"the-next-owner", the_next_owner, check},
         {"the-claim-of-a-dead-one", the_claim_of_a_dead_one, check},
         {"a-reader-is-silent", a_reader_is_silent, check}};

@@ -271,6 +271,31 @@ static void a_removed_writer_lives(void)
 
 /* -- what is there at the end ------------------------------------------------------------------------ */
 
+/* As the case of the model that it follows. */
+static void read_until_last(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    struct ivshmem_source *source = &reader->sources[0];
+    while (get(party) && source->next != last) {
+        ivshmem_sleep_begin(reader->channel, &reader->sleep);
+        if (ivshmem_value(ivshmem_head(reader->channel, 0)) == source->next)
+            wait_for_ring();
+        ivshmem_sleep_end(reader->channel, &reader->sleep);
+    }
+    end_reading(party);
+}
+
+static void as_latest(void)
+{
+    struct party *writer;
+    begin(1, 2);
+    last = 8;
+    writer = add_writer("w0", write_all);
+    for (int i = 0; i < 6; i++) /* so that each slot has the cell that it has in the model */
+        set_value(&writer->peer->writer);
+    add_reader("r0", read_until_last);
+}
+
 static void reset(void)
 {
     finished = 0;
@@ -304,6 +329,7 @@ int main(int argc, char **argv)
     static const struct script scripts[] = {
         {"latest", latest, check},
         {"two-readers", two_readers, check},
+        {"as-latest", as_latest, check},
         {"the-next-owner", the_next_owner, check},
         {"the-writer-dies", the_writer_dies, check},
         {"the-next-owner-dies", the_next_owner_dies, check},

@@ -330,6 +330,10 @@ def test_all_schedules_with_two_preemptions(build: Build, program: str, script: 
 FOLLOWED = [
     ("schedules_messages", "as-block", 1.0),
     ("schedules_messages", "as-two-writers", 1.0),
+    ("schedules_queue", "as-get", 1.0),
+    ("schedules_queue", "as-fail", 0.6),  # the C looks for what was given back once more
+    ("schedules_value", "as-latest", 1.0),
+    pytest.param("schedules_queue", "as-take", 1.0, marks=pytest.mark.nightly),
     pytest.param("schedules_messages", "as-overwrite", 1.0, marks=pytest.mark.nightly),
     pytest.param("schedules_messages", "as-join", 0.9, marks=pytest.mark.nightly),
 ]

@@ -27,6 +27,7 @@ from model.operations import (
     Ring,
     Steps,
     Store,
+    StoreBarrier,
     Wait,
 )
 from model.role import Role, awake
@@ -50,6 +51,7 @@ class Found(NamedTuple):
     w: int
     claim: Claim
     redelivered: bool
+    cell: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Queue:
     closes: bool = True
     batch: int = 1  # puts with one announcement
     spurious: frozenset[str] = frozenset()
+    most: tuple[int, ...] = ()  # each reader ends after so many messages
+    counted: int = 1  # see Role
+    ordered: bool = False  # with the store barriers that the C header has and need not have
 
     def case(self, without: Iterable[str] = ()) -> Case:
         processes: dict[str, Callable[[], Process]] = {}
@@ -130,7 +135,7 @@ class Queue:
 
 class Producer(Role):
     def __init__(self, queue: Queue, w: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"w{w}", without)
+        super().__init__(f"w{w}", without, queue.counted)
         self.queue = queue
         self.w = w
         self.position = 0
@@ -151,7 +156,11 @@ class Producer(Role):
             yield from self.sleep("writer")
         p = self.position
         i = p % self.queue.slots
+        if self.queue.ordered:
+            yield StoreBarrier()
         yield Store(("entry", w, i), self.spare)
+        if self.queue.ordered:
+            yield StoreBarrier()
         yield Store(("claim", w, i), Claim(p, OPENED))
         yield Note(("put", w, number, p))
         yield from self.store_barrier("claim before head")
@@ -163,14 +172,14 @@ class Producer(Role):
 
     def awaits(self) -> Steps:
         """Pass over entries that readers have. Whether the next one is unread, or all are taken."""
-        for _ in range(self.queue.slots):
-            claim = yield Load(("claim", self.w, self.position % self.queue.slots))
+        for n in range(self.position, self.position + self.queue.slots):
+            claim = yield Load(("claim", self.w, n % self.queue.slots))
             yield from self.load_barrier("claim before stores")
             if claim.state == DONE or not self.has("busy entries are skipped"):
+                self.position = n
                 return False
-            if claim.state == OPENED and self.has("an unread entry is not skipped"):
-                return True  # else it falls behind the window, and its successors come first
-            self.position += 1
+            if claim.state == OPENED:
+                return True
         return True
 
     def announce(self, *, everybody: bool = False) -> Steps:
@@ -183,8 +192,10 @@ class Producer(Role):
 
 class Consumer(Role):
     def __init__(self, queue: Queue, r: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"r{r}", without)
+        super().__init__(f"r{r}", without, queue.counted)
         self.queue = queue
+        self.r = r
+        self.got = 0
         self.way = queue.ways[r]
         self.next = [0] * queue.writers
         self.closed = [False] * queue.writers
@@ -200,10 +211,12 @@ class Consumer(Role):
             yield from self.sleep("reader")
             yield from self.give_up()
             return
-        while True:
+        most = self.queue.most[self.r] if self.queue.most else -1
+        while self.got != most:
             found = yield from self.look()
             if found is not None:
                 yield from self.work(found)
+                self.got += bool(self.queue.most)
                 if self.way in ("one", "fail", "second", "hold"):
                     return
             elif all(self.closed) and (yield from self.awaits()):
@@ -236,6 +249,10 @@ class Consumer(Role):
             return None
         w, claim = self.behind
         self.behind = None
+        now = yield Load(("claim", w, claim.position % self.queue.slots))
+        yield LoadBarrier()
+        if now != claim:
+            return None
         return (yield from self.claim(w, claim))
 
     def free(self, claim: Claim) -> Steps:
@@ -262,18 +279,22 @@ class Consumer(Role):
         else:
             yield LoadBarrier()
             yield Store(place, mine)
+        cell = yield Load(("entry", w, claim.position % self.queue.slots))
+        yield LoadBarrier()
         yield from self.pass_on()
-        return Found(w, mine, claim.state != OPENED)
+        return Found(w, mine, claim.state != OPENED, cell)
 
     def pass_on(self) -> Steps:
         """Wake another reader if there is more: writers may have rung this one for several."""
         if not self.has("a reader rings the next"):
             return
         for w in range(self.queue.writers):
+            head, _ = yield Load(("head", w))
+            yield LoadBarrier()
             for i in range(self.queue.slots):
                 claim = yield Load(("claim", w, i))
                 yield LoadBarrier()
-                if claim.state in (OPENED, REDELIVER):
+                if claim.position < head and claim.state in (OPENED, REDELIVER):
                     yield from self.wake_another()
                     return
 
@@ -296,9 +317,8 @@ class Consumer(Role):
             yield LoadBarrier()
 
     def work(self, found: Found) -> Steps:
-        w, mine, redelivered = found
+        w, mine, redelivered, cell = found
         place = ("claim", w, mine.position % self.queue.slots)
-        cell = yield Load(("entry", w, mine.position % self.queue.slots))
         payload = yield Load(("cell", w, cell))
         yield LoadBarrier()  # as the exchange is
         if mine.state == TAKEN and not redelivered and payload is not None:
@@ -329,15 +349,16 @@ class Consumer(Role):
         for w in range(self.queue.writers):
             head, closed = yield Load(("head", w))
             yield LoadBarrier()
-            if self.next[w] < head or closed > self.closed[w]:
+            if closed > self.closed[w]:
                 return False
             if not self.closed[w] and (yield from self.gone(f"w{w}")):
                 return False
             for i in range(self.queue.slots):
                 claim = yield Load(("claim", w, i))
                 yield LoadBarrier()
-                if claim.position < self.next[w] and (yield from self.free(claim)):
-                    self.behind = (w, claim)
+                if claim.position < head and (yield from self.free(claim)):
+                    if claim.position < self.next[w]:
+                        self.behind = (w, claim)
                     return False
         return True
 
@@ -347,7 +368,6 @@ _R0 = frozenset({"r0"})
 POINTS = {
     "a limit passes the ring on": "time limit",
     "a reader rings the next": "one each",
-    "an unread entry is not skipped": "one reader",
     "announce fence": "one reader",
     "awake fence": "time limit",
     "busy entries are skipped": "one reader",

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model import value
 from model.explorer import Case, Step, covering
 from model.messages import OVERWRITE, Channel
 from model.messages_cases import Setting
+from model.queue import Queue
 
 Word = tuple[str, int, int]
 
@@ -33,8 +35,8 @@ def of_messages(address: Any) -> Word:
         role = {"w": "writer", "r": "reader"}[rest[0][0]]
         return (f"{role}-sleeper", int(rest[0][1:]), 0)
     if kind == "cell":
-        writer, _, part = rest
-        return (kind, writer, part)
+        writer, cell, *part = rest
+        return (kind, writer, 8 * cell + (part[0] if part else 0))
     first, *second = rest
     return (kind, first, second[0] if second else 0)
 
@@ -50,7 +52,38 @@ MESSAGES: Mapping[str, Followed] = {
 }
 
 
-FOLLOWED: Mapping[str, Mapping[str, Followed]] = {"schedules_messages": MESSAGES}
+def of_queue(address: Any) -> Word:
+    if address == "begun":  # the C takes a word that a queue does not use
+        return ("joins", 0, 0)
+    return of_messages(address)
+
+
+def _queue(*ways: str, messages: int, most: tuple[int, ...] = ()) -> Followed:
+    queue = Queue(
+        readers=len(ways),
+        messages=messages,
+        ways=ways,
+        closes=False,
+        most=most,
+        counted=16,
+        ordered=True,
+    )
+    return Followed(queue.case, of_queue)
+
+
+QUEUE: Mapping[str, Followed] = {
+    "as-get": _queue("get", messages=3, most=(3,)),
+    "as-take": _queue("take", messages=3, most=(3,)),
+    "as-fail": _queue("fail", "second", messages=1),
+}
+VALUE: Mapping[str, Followed] = {
+    "as-latest": Followed(value.Setting(messages=2, start=6, counted=16).case, of_messages)
+}
+FOLLOWED: Mapping[str, Mapping[str, Followed]] = {
+    "schedules_messages": MESSAGES,
+    "schedules_queue": QUEUE,
+    "schedules_value": VALUE,
+}
 
 
 def lines(followed: Followed) -> list[str]:

@@ -99,9 +99,10 @@ class Setting:
     tries: int = 4
     mortal: frozenset[str] = frozenset()
     start: int = 2
+    counted: int = 1  # see Role
 
     def case(self, without: Iterable[str] = ()) -> Case:
-        channel = Channel(1, 1, self.slots, parts=self.parts)
+        channel = Channel(1, 1, self.slots, parts=self.parts, counted=self.counted)
         last = self.start + self.messages - 1
 
         def heir() -> Process:
