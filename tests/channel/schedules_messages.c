@@ -370,6 +370,17 @@ static void read_one_late(struct party *party)
     stray(1);
 }
 
+/* Beat late, which stores a policy and tails that are another reader's now. */
+static void beat_late(struct party *party)
+{
+    for (int i = 0; i < 4 && finished != ending; i++) {
+        pause_party();
+        ivshmem_reader_beat(&party->peer->reader);
+    }
+    ivshmem_reader_close(&party->peer->reader);
+    stray(1);
+}
+
 /* The next owner of the first writer's slot. */
 static void open_slot(struct party *party)
 {
@@ -638,6 +649,18 @@ static void a_removed_reader_lives(void)
     add_party("user", remove_first);
 }
 
+/* A late policy hides the next reader's, so that writers do not wait for it until its beat: it may lose
+ * messages, and is told of each. */
+static void a_removed_reader_beats(void)
+{
+    begin(1, 1, IVSHMEM_BLOCK, 7);
+    may_lose = 1;
+    add_reader("r0", beat_late, IVSHMEM_BLOCK);
+    add_joiner("r1", inherit_row, IVSHMEM_BLOCK);
+    add_writer("w0", write_loans);
+    add_party("user", remove_first);
+}
+
 /* As the cases of the model that these follow. */
 static void as_block(void)
 {
@@ -707,6 +730,7 @@ int main(int argc, char **argv)
         {"one-blocks-after-it", one_blocks_after_it, check},
         {"one-discards-after-it", one_discards_after_a_blocking_one, check},
         {"a-removed-reader-discards", a_removed_reader_discards, check},
+        {"a-removed-reader-beats", a_removed_reader_beats, check},
         {"history", history, check},
         {"as-block", as_block, check},
         {"as-overwrite", as_overwrite, check},

@@ -48,6 +48,7 @@ SCRIPTS = {
         "a-removed-writer-lives",
         "a-removed-reader-lives",
         "a-removed-reader-discards",
+        "a-removed-reader-beats",
     ),
     "schedules_queue": (
         "in-order",

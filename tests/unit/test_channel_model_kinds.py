@@ -12,7 +12,7 @@ import inspect
 from typing import Any
 
 import pytest
-from model import calls, creation, messages_cases, places, queue, role, streams, value
+from model import calls, creation, discard, messages_cases, places, queue, role, streams, value
 from model.explorer import explore, holds
 from model.role import named_points
 
@@ -20,6 +20,7 @@ KINDS: dict[str, Any] = {
     "places": places,
     "creation": creation,
     "messages": messages_cases,
+    "discard": discard,
     "queue": queue,
     "value": value,
     "calls": calls,
