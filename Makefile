@@ -114,6 +114,7 @@ NOT_CYTHON := E121,E123,E126,E133,E203,E211,E225,E226,E227,E241,E242,E251,E271,E
 lint: $(VENV)/tested build/fresh/checked
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/pylint --disable=all --enable=duplicate-code --score=no src/ivshmem
 	$(BIN)/cython-lint --no-pycodestyle $(CYTHON_FILES)
 	$(BIN)/pycodestyle --max-line-length=100 --ignore=$(NOT_CYTHON) $(CYTHON_FILES)
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
