@@ -5994,7 +5994,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
 /* "ivshmem/channel/calls.pyx":59
  *     cdef Probed probed
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0
 */
@@ -6028,7 +6028,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 
   /* "ivshmem/channel/calls.pyx":60
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0             # <<<<<<<<<<<<<<
  *         cdef unsigned status = 0
  *         cdef int code, never = 0
@@ -6036,7 +6036,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   __pyx_v_length = 0;
 
   /* "ivshmem/channel/calls.pyx":61
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0             # <<<<<<<<<<<<<<
  *         cdef int code, never = 0
@@ -6460,7 +6460,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   /* "ivshmem/channel/calls.pyx":59
  *     cdef Probed probed
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0
 */
@@ -6607,7 +6607,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
  *     cdef ChannelEnd sleeper(self):
  *         return self.caller             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
@@ -6638,7 +6638,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 /* "ivshmem/channel/calls.pyx":101
  *         return self.caller
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()
 */
@@ -6652,7 +6652,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 
   /* "ivshmem/channel/calls.pyx":102
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)             # <<<<<<<<<<<<<<
  *         return self.attempt()
  * 
@@ -6660,13 +6660,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   ivshmem_queue_writer_sleep((&__pyx_v_self->caller->__pyx_base.writer));
 
   /* "ivshmem/channel/calls.pyx":103
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
@@ -6675,7 +6675,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   /* "ivshmem/channel/calls.pyx":101
  *         return self.caller
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()
 */
@@ -6891,7 +6891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
  * 
  *     def result(self, timeout=None, *, spin=None):
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 119, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 119, __pyx_L4_error)
         __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_t_2 == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 119, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
@@ -7094,7 +7094,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *             if self.error is not None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 == IVSHMEM_AGAIN);
 
 
@@ -10813,7 +10813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
  *             return None
  *         return taken_of(Call, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 297, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 

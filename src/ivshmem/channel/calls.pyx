@@ -56,7 +56,7 @@ cdef class PendingCall(ChannelEnd):
     cdef bint over
     cdef Probed probed
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         cdef uint32_t length = 0
         cdef unsigned status = 0
         cdef int code, never = 0
@@ -98,7 +98,7 @@ cdef class PendingCall(ChannelEnd):
     cdef ChannelEnd sleeper(self):
         return self.caller
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         ivshmem_queue_writer_sleep(&self.caller.writer)
         return self.attempt()
 

@@ -6887,7 +6887,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 /* "ivshmem/channel/ends.pyx":164
  *     # What each kind of end does in its own way.
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0
 */
@@ -6896,11 +6896,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   int __pyx_r;
 
   /* "ivshmem/channel/ends.pyx":166
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
 
@@ -6911,7 +6911,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   /* "ivshmem/channel/ends.pyx":164
  *     # What each kind of end does in its own way.
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0
 */
@@ -6925,7 +6925,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
 /* "ivshmem/channel/ends.pyx":168
  *         return 0
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN
 */
@@ -6934,7 +6934,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   int __pyx_r;
 
   /* "ivshmem/channel/ends.pyx":170
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
@@ -6949,7 +6949,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   /* "ivshmem/channel/ends.pyx":168
  *         return 0
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN
 */
@@ -7042,7 +7042,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
  *             else:
  *                 self.end_sleep()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 181, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 181, __pyx_L1_error)
 
 
       /* "ivshmem/channel/ends.pyx":180
@@ -7573,7 +7573,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
 /* "ivshmem/channel/ends.pyx":218
  *     # Waiting.
  * 
- *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
  *         """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
  *         cdef int64_t deadline
 */
@@ -7712,7 +7712,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L1_error)
   __pyx_v_code = __pyx_t_5;
 
   /* "ivshmem/channel/ends.pyx":234
@@ -7889,7 +7889,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 245, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L1_error)
         __pyx_v_code = __pyx_t_5;
 
         /* "ivshmem/channel/ends.pyx":246
@@ -8012,7 +8012,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *             return code
  *         while True:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 253, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 253, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_5;
       }
@@ -8288,7 +8288,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 275, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 275, __pyx_L1_error)
       __pyx_v_code = __pyx_t_5;
 
       /* "ivshmem/channel/ends.pyx":276
@@ -8502,7 +8502,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L1_error)
     __pyx_v_code = __pyx_t_12;
 
     /* "ivshmem/channel/ends.pyx":288
@@ -8629,7 +8629,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
  * 
- *     cdef int arm(self) except -2:
+ *     cdef int arm(self) except? -2:
 */
       {
 
@@ -8650,7 +8650,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   /* "ivshmem/channel/ends.pyx":218
  *     # Waiting.
  * 
- *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
  *         """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
  *         cdef int64_t deadline
 */
@@ -8684,7 +8684,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 /* "ivshmem/channel/ends.pyx":297
  *                 return code
  * 
- *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
 */
@@ -8725,7 +8725,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
   /* "ivshmem/channel/ends.pyx":303
@@ -8766,7 +8766,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 306, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
@@ -8797,7 +8797,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   /* "ivshmem/channel/ends.pyx":297
  *                 return code
  * 
- *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
 */
@@ -8991,7 +8991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 329, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
@@ -9223,7 +9223,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 345, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 345, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
         /* "ivshmem/channel/ends.pyx":346
@@ -9405,7 +9405,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 363, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 363, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
 

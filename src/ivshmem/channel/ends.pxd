@@ -39,8 +39,8 @@ cdef class ChannelEnd(Dependent):
     cdef int end_copy(self) except -1
     cdef int enlist(self) except -1
     cdef int enter(self) except -1
-    cdef int attempt(self) except -2
-    cdef int begin_sleep(self) except -2
+    cdef int attempt(self) except? -2
+    cdef int begin_sleep(self) except? -2
     cdef void end_sleep(self) noexcept
     cdef int one_awake(self) except -1
     cdef ChannelEnd sleeper(self)
@@ -49,8 +49,8 @@ cdef class ChannelEnd(Dependent):
     cdef int end_waiting(self) except -1
     cdef int64_t probe(self, void **what, Probe *probe) except -1
     cdef int check_there(self) except -1
-    cdef int wait(self, object timeout, object spin) except -2
+    cdef int wait(self, object timeout, object spin) except? -2
     cdef int restore(self) except -1
     cdef int give_up(self) except -1
-    cdef int arm(self) except -2
+    cdef int arm(self) except? -2
     cdef object fail(self, int code)

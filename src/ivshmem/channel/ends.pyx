@@ -161,11 +161,11 @@ cdef class ChannelEnd(Dependent):
 
     # What each kind of end does in its own way.
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
         return 0
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         """Say in memory that this end sleeps; 0: there is something, so do not."""
         return IVSHMEM_AGAIN
 
@@ -215,7 +215,7 @@ cdef class ChannelEnd(Dependent):
 
     # Waiting.
 
-    cdef int wait(self, object timeout, object spin) except -2:
+    cdef int wait(self, object timeout, object spin) except? -2:
         """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
         cdef int64_t deadline
         cdef int64_t n
@@ -294,7 +294,7 @@ cdef class ChannelEnd(Dependent):
             if deadline != INT64_MAX and now() >= deadline:
                 return code
 
-    cdef int arm(self) except -2:
+    cdef int arm(self) except? -2:
         """Sleep as one that watches the descriptor does; return what is there after all."""
         cdef int code
         self.check_there()

@@ -5454,7 +5454,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
 /* "ivshmem/channel/queues.pyx":35
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:
 */
@@ -5466,7 +5466,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 
   /* "ivshmem/channel/queues.pyx":36
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
@@ -5474,7 +5474,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 0, (&__pyx_v_self->taken));
 
   /* "ivshmem/channel/queues.pyx":37
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
@@ -5495,7 +5495,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
     __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 1, (&__pyx_v_self->taken));
 
     /* "ivshmem/channel/queues.pyx":37
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
@@ -5508,7 +5508,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
  *         return code             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
 
@@ -5519,7 +5519,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   /* "ivshmem/channel/queues.pyx":35
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:
 */
@@ -5534,7 +5534,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 /* "ivshmem/channel/queues.pyx":41
  *         return code
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)
 */
@@ -5544,7 +5544,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 
   /* "ivshmem/channel/queues.pyx":42
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         self.slept = True             # <<<<<<<<<<<<<<
  *         return ivshmem_queue_sleep(&self.reader)
  * 
@@ -5552,7 +5552,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   __pyx_v_self->slept = 1;
 
   /* "ivshmem/channel/queues.pyx":43
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)             # <<<<<<<<<<<<<<
  * 
@@ -5567,7 +5567,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   /* "ivshmem/channel/queues.pyx":41
  *         return code
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)
 */
@@ -6032,7 +6032,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
  *         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
- *     ) except -2:
+ *     ) except? -2:
 */
 
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken) {
@@ -6114,7 +6114,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 92, __pyx_L5_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L5_error)
       __pyx_v_code = __pyx_t_1;
 
       /* "ivshmem/channel/queues.pyx":93
@@ -6347,7 +6347,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
  *         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
- *     ) except -2:
+ *     ) except? -2:
 */
 
   /* function exit code */
@@ -6717,7 +6717,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
  *             return None
  *         try:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 137, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
@@ -7133,7 +7133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 161, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 161, __pyx_L7_error)
           __pyx_t_3 = (__pyx_t_2 != 0);
 
 
@@ -7844,7 +7844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 211, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 

@@ -12,7 +12,7 @@ cdef class ClaimingEnd(ReaderEnd):
 
     cdef int claim(
         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
-    ) except -2
+    ) except? -2
     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept
     cdef int undo(self, const ivshmem_taken *taken) except -1
     cdef int after_sleep(self) except -1

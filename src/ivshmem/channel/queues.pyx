@@ -32,13 +32,13 @@ cdef int64_t probe_queue(void *what) noexcept nogil:
 cdef class ClaimingEnd(ReaderEnd):
     """A reader that claims what it takes: of a queue, or a server of calls."""
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
         if code == IVSHMEM_AGAIN:
             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
         return code
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         self.slept = True
         return ivshmem_queue_sleep(&self.reader)
 
@@ -81,7 +81,7 @@ cdef class ClaimingEnd(ReaderEnd):
 
     cdef int claim(
         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
-    ) except -2:
+    ) except? -2:
         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
         self.enter()

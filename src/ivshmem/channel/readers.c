@@ -5807,7 +5807,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4lost___get__(struc
 /* "ivshmem/channel/readers.pyx":51
  *     # As a ChannelEnd.
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
 */
@@ -5818,10 +5818,10 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
 
   /* "ivshmem/channel/readers.pyx":52
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   if (__pyx_v_self->pending) {
 
@@ -5838,7 +5838,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
   /* "ivshmem/channel/readers.pyx":51
  *     # As a ChannelEnd.
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
 */
@@ -5852,7 +5852,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
 /* "ivshmem/channel/readers.pyx":54
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
@@ -5865,7 +5865,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 
   /* "ivshmem/channel/readers.pyx":55
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
  *             return 0
@@ -5873,7 +5873,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   __pyx_v_code = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
 
   /* "ivshmem/channel/readers.pyx":56
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
  *             return 0
@@ -5918,7 +5918,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
     goto __pyx_L0;
 
     /* "ivshmem/channel/readers.pyx":56
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
  *             return 0
@@ -5942,7 +5942,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
   /* "ivshmem/channel/readers.pyx":54
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef int code = ivshmem_reader_sleep(&self.reader)
  *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
@@ -6173,7 +6173,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 /* "ivshmem/channel/readers.pyx":77
  *     # Reading.
  * 
- *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
  *         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
 */
@@ -6340,7 +6340,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 90, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
     /* "ivshmem/channel/readers.pyx":91
@@ -6531,7 +6531,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   /* "ivshmem/channel/readers.pyx":77
  *     # Reading.
  * 
- *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int take(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
  *         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
 */
@@ -6999,7 +6999,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
   /* "ivshmem/channel/readers.pyx":134
@@ -7216,7 +7216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 160, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 160, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
@@ -7588,7 +7588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 183, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
@@ -7741,7 +7741,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 192, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
@@ -8231,7 +8231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 229, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 229, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
@@ -8555,7 +8555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 249, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 249, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
@@ -9050,7 +9050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 284, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
@@ -10619,7 +10619,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
 /* "ivshmem/channel/readers.pyx":336
  *     """
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
 */
@@ -10629,7 +10629,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   int __pyx_t_1;
 
   /* "ivshmem/channel/readers.pyx":338
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             return IVSHMEM_AGAIN
@@ -10654,7 +10654,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
     goto __pyx_L0;
 
     /* "ivshmem/channel/readers.pyx":338
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             return IVSHMEM_AGAIN
@@ -10667,7 +10667,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
 
@@ -10678,7 +10678,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   /* "ivshmem/channel/readers.pyx":336
  *     """
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
 */
@@ -10692,7 +10692,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
 /* "ivshmem/channel/readers.pyx":342
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
 */
@@ -10704,7 +10704,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 
   /* "ivshmem/channel/readers.pyx":343
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
@@ -10715,7 +10715,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 
 
     /* "ivshmem/channel/readers.pyx":344
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
@@ -10725,7 +10725,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 
     /* "ivshmem/channel/readers.pyx":343
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
@@ -10757,7 +10757,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   /* "ivshmem/channel/readers.pyx":342
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
 */
@@ -11500,7 +11500,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 408, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 408, __pyx_L4_error)
         __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 408, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 

@@ -48,10 +48,10 @@ cdef class Reader(ReaderEnd):
 
     # As a ChannelEnd.
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         cdef int code = ivshmem_reader_sleep(&self.reader)
         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
             return 0
@@ -74,7 +74,7 @@ cdef class Reader(ReaderEnd):
 
     # Reading.
 
-    cdef int take(self, object timeout, object spin) except -2:
+    cdef int take(self, object timeout, object spin) except? -2:
         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
         cdef ivshmem_message message
@@ -333,13 +333,13 @@ cdef class ValueReader(ReaderEnd):
         name: of the channel.
     """
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         """Look for a content that this reader has not seen."""
         if not probe_value(&self.reader):
             return IVSHMEM_AGAIN
         return ivshmem_value_look(&self.reader, &self.message)
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         if self.reader.slot != IVSHMEM_NO_SLOT:
             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN

@@ -6474,7 +6474,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
 */
   {
 
@@ -6499,7 +6499,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 /* "ivshmem/channel/roles.pyx":124
  *         return ivshmem_writer_ready(&self.writer)
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return self.ready()
  * 
 */
@@ -6509,10 +6509,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 
   /* "ivshmem/channel/roles.pyx":125
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
 
@@ -6523,7 +6523,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   /* "ivshmem/channel/roles.pyx":124
  *         return ivshmem_writer_ready(&self.writer)
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return self.ready()
  * 
 */
@@ -6537,7 +6537,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 /* "ivshmem/channel/roles.pyx":127
  *         return self.ready()
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
 */
@@ -6547,7 +6547,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
   /* "ivshmem/channel/roles.pyx":128
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
@@ -6555,7 +6555,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   if (__pyx_v_self->claims) {
 
     /* "ivshmem/channel/roles.pyx":129
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
  *             return ivshmem_queue_ready(&self.writer)
@@ -6578,7 +6578,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
     /* "ivshmem/channel/roles.pyx":128
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
@@ -6601,7 +6601,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   /* "ivshmem/channel/roles.pyx":127
  *         return self.ready()
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
 */
@@ -7178,7 +7178,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 178, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L1_error)
       __pyx_v_code = __pyx_t_2;
 
       /* "ivshmem/channel/roles.pyx":179
@@ -7897,7 +7897,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
   /* "ivshmem/channel/roles.pyx":229
@@ -9983,7 +9983,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
 /* "ivshmem/channel/roles.pyx":346
  *         )
  * 
- *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
 */
@@ -10011,7 +10011,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   __Pyx_RefNannySetupContext("copy_to", 0);
 
   /* "ivshmem/channel/roles.pyx":348
- *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
  *         cdef int code
@@ -10330,7 +10330,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   /* "ivshmem/channel/roles.pyx":346
  *         )
  * 
- *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
 */

@@ -54,5 +54,5 @@ cdef class ReaderEnd(ChannelEnd):
     cdef int hold(self, const ivshmem_message *message) except -1
     cdef int forget(self, unsigned writer, uint64_t position) except -1
     cdef int let_go(self, unsigned writer, uint64_t position) except -1
-    cdef int copy_to(self, const ivshmem_message *message, char *into) except -2
+    cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2
     cdef object starved(self)

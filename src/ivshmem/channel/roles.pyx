@@ -121,10 +121,10 @@ cdef class WriterEnd(ChannelEnd):
             return ivshmem_queue_ready(&self.writer)
         return ivshmem_writer_ready(&self.writer)
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         return self.ready()
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         if self.claims:
             ivshmem_queue_writer_sleep(&self.writer)
             return ivshmem_queue_ready(&self.writer)
@@ -343,7 +343,7 @@ cdef class ReaderEnd(ChannelEnd):
             " row were overwritten while they were copied"
         )
 
-    cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
+    cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
         cdef int code

@@ -6063,7 +6063,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
 */
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
 
@@ -6100,7 +6100,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 /* "ivshmem/channel/streams.pyx":58
  *         self.enlist()
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
 */
@@ -6112,10 +6112,10 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
 
   /* "ivshmem/channel/streams.pyx":59
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   __pyx_t_2 = (ivshmem_listener_has_caller((&__pyx_v_self->listener)) != 0);
 
@@ -6135,7 +6135,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   /* "ivshmem/channel/streams.pyx":58
  *         self.enlist()
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
 */
@@ -6149,7 +6149,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
 /* "ivshmem/channel/streams.pyx":61
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()
 */
@@ -6163,7 +6163,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
   /* "ivshmem/channel/streams.pyx":62
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
  *         return self.attempt()
  * 
@@ -6171,13 +6171,13 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
   /* "ivshmem/channel/streams.pyx":63
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 63, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 63, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
@@ -6186,7 +6186,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   /* "ivshmem/channel/streams.pyx":61
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()
 */
@@ -6265,7 +6265,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 69, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6764,7 +6764,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
  *                 return None
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 105, __pyx_L4_error)
           __pyx_t_7 = (__pyx_t_3 == IVSHMEM_AGAIN);
 
 
@@ -8507,7 +8507,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 /* "ivshmem/channel/streams.pyx":212
  *     cdef Probed probed
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return look(self.probed.stream, self.probed.direction)
  * 
 */
@@ -8517,7 +8517,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
 
   /* "ivshmem/channel/streams.pyx":213
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
@@ -8531,7 +8531,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   /* "ivshmem/channel/streams.pyx":212
  *     cdef Probed probed
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return look(self.probed.stream, self.probed.direction)
  * 
 */
@@ -8654,7 +8654,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
@@ -8685,7 +8685,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 /* "ivshmem/channel/streams.pyx":223
  *         return self.stream
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()
 */
@@ -8699,7 +8699,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
   /* "ivshmem/channel/streams.pyx":224
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
  *         return self.attempt()
  * 
@@ -8707,13 +8707,13 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
   /* "ivshmem/channel/streams.pyx":225
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 225, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
@@ -8722,7 +8722,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   /* "ivshmem/channel/streams.pyx":223
  *         return self.stream
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()
 */
@@ -9272,7 +9272,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
 */
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
@@ -9308,7 +9308,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 /* "ivshmem/channel/streams.pyx":264
  *         return half
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return look(&self.stream, RECEIVE)
  * 
 */
@@ -9318,10 +9318,10 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 
   /* "ivshmem/channel/streams.pyx":265
  * 
- *     cdef int attempt(self) except -2:
+ *     cdef int attempt(self) except? -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
 */
   {
 
@@ -9332,7 +9332,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   /* "ivshmem/channel/streams.pyx":264
  *         return half
  * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         return look(&self.stream, RECEIVE)
  * 
 */
@@ -9346,7 +9346,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 /* "ivshmem/channel/streams.pyx":267
  *         return look(&self.stream, RECEIVE)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)
 */
@@ -9356,7 +9356,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
   /* "ivshmem/channel/streams.pyx":268
  * 
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
  *         return look(&self.stream, RECEIVE)
  * 
@@ -9364,7 +9364,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
   /* "ivshmem/channel/streams.pyx":269
- *     cdef int begin_sleep(self) except -2:
+ *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
  * 
@@ -9379,7 +9379,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   /* "ivshmem/channel/streams.pyx":267
  *         return look(&self.stream, RECEIVE)
  * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)
 */
@@ -10318,7 +10318,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 322, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 322, __pyx_L1_error)
 
 
       /* "ivshmem/channel/streams.pyx":321
@@ -10459,7 +10459,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 326, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
   /* "ivshmem/channel/streams.pyx":327

@@ -55,10 +55,10 @@ cdef class StreamListener(ChannelEnd):
             raise self.fail(code)
         self.enlist()
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
         return self.attempt()
 
@@ -209,7 +209,7 @@ cdef class Half(ChannelEnd):
     cdef Stream stream
     cdef Probed probed
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         return look(self.probed.stream, self.probed.direction)
 
     cdef int enter(self) except -1:
@@ -220,7 +220,7 @@ cdef class Half(ChannelEnd):
     cdef ChannelEnd sleeper(self):
         return self.stream
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         ivshmem_stream_sleep(self.probed.stream)
         return self.attempt()
 
@@ -261,10 +261,10 @@ cdef class Stream(ChannelEnd):
         half.probed.direction = direction
         return half
 
-    cdef int attempt(self) except -2:
+    cdef int attempt(self) except? -2:
         return look(&self.stream, RECEIVE)
 
-    cdef int begin_sleep(self) except -2:
+    cdef int begin_sleep(self) except? -2:
         ivshmem_stream_sleep(&self.stream)
         return look(&self.stream, RECEIVE)
 

@@ -7270,7 +7270,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
 */
-              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2))) __PYX_ERR(0, 141, __pyx_L11_error)
+              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 141, __pyx_L11_error)
               __pyx_v_code = __pyx_t_11;
 
               /* "ivshmem/channel/writers.pyx":142
@@ -10205,7 +10205,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
  *             if code == IVSHMEM_AGAIN:
  *                 raise writer.blocked(timeout)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 297, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L4_error)
         __pyx_v_code = __pyx_t_3;
 
         /* "ivshmem/channel/writers.pyx":298

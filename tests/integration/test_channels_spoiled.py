@@ -1,0 +1,87 @@
+"""A word that another process spoils while a call waits for it: the call raises, no more."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.channel_waits import FULL, WAITS, Pair
+from support.waiting import Background
+
+from ivshmem import Directory, Region, channel
+from ivshmem.channel import ChannelCorrupt
+from ivshmem.errors import IvshmemError
+from ivshmem.native.areas import find_area
+
+SIZE = 1 << 19
+OFTEN: dict[str, Any] = {"beat": 0.001, "lease": 100.0}  # who sleeps looks again at each beat
+LOOKS = 0.02  # seconds
+# Calls that follow a position of the other side's. The others look at words that say what they are:
+# one that is odd is as if it were not there.
+CORRUPTED = {"a message", "room for a message", "bytes", "room for bytes", "the end of bytes"}
+
+
+@contextlib.contextmanager
+def pair_of(region: Region, begin: bytes) -> Iterator[Pair]:
+    """Both ends of channels in memory that is as it was at the beginning."""
+    region.write(0, begin)
+    with channel.open(region, **OFTEN) as one, channel.open(region, **OFTEN) as two:
+        yield Pair(one, two)
+
+
+def load(region: Region, at: int) -> int:
+    return int.from_bytes(region.read(at, 8), "little")
+
+
+def words_of(region: Region) -> list[int]:
+    area = find_area(region)
+    assert area is not None
+    words = memoryview(region.read(area.offset, area.size)).cast("Q")
+    return [area.offset + 8 * i for i, word in enumerate(words) if word]
+
+
+def spoils(region: Region, begin: bytes, what: str, at: int, seconds: float) -> bool:
+    """Whether a call that waits finds that this word is impossible, within so many seconds."""
+    with pair_of(region, begin) as pair:
+        if what in FULL:
+            FULL[what](pair)
+        waiting = Background(lambda: WAITS[what][0](pair))
+        waiting.wait_until_asleep()
+        word = load(region, at) or 1
+        give_up = time.monotonic() + seconds
+        while waiting.running and time.monotonic() < give_up:
+            # Again and again: at its beat the word's owner stores what is right.
+            region.write(at, (word ^ 1 << 62).to_bytes(8, "little"))
+            time.sleep(0.0005)
+    # A call that still waits ends now, as its channels are closed.
+    try:
+        waiting.result()
+    except ChannelCorrupt:
+        return True
+    except (IvshmemError, OSError):
+        pass
+    return False
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_call_that_waits(what: str) -> None:
+    call, end, expected = WAITS[what]
+    with Region.create(SIZE) as region:
+        Directory.create(region, channels=SIZE // 2).close()
+        begin = region.read(0, SIZE)
+        with pair_of(region, begin) as pair:
+            if what in FULL:
+                FULL[what](pair)
+            # What the other side stores to end the call: it can just as well store nonsense there.
+            before = {at: load(region, at) for at in words_of(region)}
+            waiting = Background(lambda: call(pair))
+            end(pair)
+            assert waiting.result() == expected
+            changed = [at for at in words_of(region) if load(region, at) != before.get(at)]
+        found = [at for at in changed if spoils(region, begin, what, at, LOOKS)]
+        if what in CORRUPTED and not found:  # the machine is busy
+            found = [at for at in changed if spoils(region, begin, what, at, 1.0)]
+    assert bool(found) == (what in CORRUPTED)
