@@ -23,7 +23,7 @@ CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core \
 INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* src/ivshmem/*/*/*.h systemd/*/*)
 
-.PHONY: help serve test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports bench-recordings cython clean
+.PHONY: help serve debs test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports bench-recordings cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -37,6 +37,7 @@ help:
 	@echo "make fuzz    a million hostile inputs (COUNT=1000000 SEED=1 TARGET=all); the one input of a"
 	@echo "             finding: TARGET=client REPLAY=build/fuzz/client-1. make fuzz-sanitized: the same"
 	@echo "             with the C code built for AddressSanitizer and UBSan"
+	@echo "make debs    build the packages for Debian 12 and 13 into build/debs (ARGS=trixie)"
 	@echo "make docs    build the pages of docs/ into build/docs; a warning is an error"
 	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
 	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
@@ -117,7 +118,7 @@ lint: $(VENV)/tested build/fresh/checked
 	$(BIN)/pylint --disable=all --enable=duplicate-code --score=no src/ivshmem
 	$(BIN)/cython-lint --no-pycodestyle $(CYTHON_FILES)
 	$(BIN)/pycodestyle --max-line-length=100 --ignore=$(NOT_CYTHON) $(CYTHON_FILES)
-	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
+	$(BIN)/codespell src tests bench docs debian packages README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow \
 	    --ignore-unused-allowlist --mypy-config-file tests/typing/stubtest.ini
@@ -139,6 +140,10 @@ build/fresh/checked: $(CYTHON:%=src/ivshmem/%.pyx) $(CYTHON:%=src/ivshmem/%.c) \
 docs: $(VENV)/documented
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/docs-cache docs build/docs
 	@echo "see build/docs/index.html"
+
+# In roots of their own, which mmdebstrap makes.
+debs:
+	$(PYTHON) tests/support/debian.py $(ARGS)
 
 # With ARGS, which pytest is given, only its part.
 bench: $(VENV)/measured

@@ -81,11 +81,11 @@ def pytest_collection_finish() -> None:
     look_no_more()
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)  # not wrapper=True, which pytest 7 of Debian 12 lacks
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
+) -> Generator[None, Any, None]:
+    report = (yield).get_result()
     if report.skipped and "CI" in os.environ and isinstance(report.longrepr, tuple):
         file, line, reason = report.longrepr
         if not _MAY_BE_SKIPPED.search(reason):
@@ -93,7 +93,6 @@ def pytest_runtest_makereport(
             report.longrepr = f"{file}:{line}: in CI a skipped test is a failure: {reason}"
     if report.failed:
         item.stash[_FAILED] = True
-    return report
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:

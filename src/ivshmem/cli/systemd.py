@@ -146,7 +146,10 @@ def _read(name: str) -> str:
     for folder in ("system", "sysusers.d"):
         if (source / folder / name).exists():
             return (source / folder / name).read_text()
-    raise FileNotFoundError(f"this installation lacks {name}: install the package again")
+    raise FileNotFoundError(
+        f"this installation lacks {name}: a distribution's package installs the units itself"
+        " (Debian: ivshmem-server); else install ivshmem again"
+    )
 
 
 def _check_free(files: dict[Path, str]) -> None:
