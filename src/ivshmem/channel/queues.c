@@ -1261,6 +1261,21 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <unistd.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* glibc has fstat(2) as a symbol since 2.33 only, and wheels are for 2.28. */
+    static inline int ivshmem_fstat(int fd, struct stat *status)
+    {
+    #if defined(__x86_64__) || defined(__aarch64__) /* the kernel's structure is glibc's */
+        return (int)syscall(SYS_fstat, fd, status);
+    #else
+        return fstat(fd, status);
+    #endif
+    }
+    
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1565,11 +1580,51 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
+    #ifdef IVSHMEM_LIMITED_API /* see limited_api.h */
+    #define PyBytes_AS_STRING PyBytes_AsString
+    #define PyFloat_AS_DOUBLE PyFloat_AsDouble
+    /* Cython takes fast calls only from 3.12 on. Without them each call makes a tuple and a dict,
+       which takes 60 ns. */
+    #undef CYTHON_VECTORCALL
+    #define CYTHON_VECTORCALL 1
+    #undef __Pyx_METH_FASTCALL
+    #define __Pyx_METH_FASTCALL METH_FASTCALL
+    #undef __Pyx_PyCFunction_FastCall
+    #define __Pyx_PyCFunction_FastCall __Pyx_PyCFunctionFast
+    #undef __Pyx_PyCFunction_FastCallWithKeywords
+    #define __Pyx_PyCFunction_FastCallWithKeywords __Pyx_PyCFunctionFastWithKeywords
+    #undef __pyx_vectorcallfunc
+    #define __pyx_vectorcallfunc vectorcallfunc
+    #undef __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET
+    #define __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET PY_VECTORCALL_ARGUMENTS_OFFSET
+    #undef __Pyx_PyVectorcall_NARGS
+    #define __Pyx_PyVectorcall_NARGS(n) PyVectorcall_NARGS((size_t)(n))
+    #endif
+    
+
+    #ifdef IVSHMEM_LIMITED_API
+    /* Not in the limited API, and weak for that reason: where one is missing, there is never known
+       to be a single thread. CPython 3.10 to 3.15 have all four. */
+    #pragma weak PyInterpreterState_Head
+    #pragma weak PyInterpreterState_Next
+    #pragma weak PyInterpreterState_ThreadHead
+    #pragma weak PyThreadState_Next
+    PyInterpreterState *PyInterpreterState_Head(void);
+    PyInterpreterState *PyInterpreterState_Next(PyInterpreterState *);
+    PyThreadState *PyInterpreterState_ThreadHead(PyInterpreterState *);
+    PyThreadState *PyThreadState_Next(PyThreadState *);
+    #endif
+
     /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
     #ifdef Py_GIL_DISABLED
         return 0; /* there is no GIL: to release it costs nothing */
+    #endif
+    #ifdef IVSHMEM_LIMITED_API
+        if (!PyInterpreterState_Head || !PyInterpreterState_Next
+            || !PyInterpreterState_ThreadHead || !PyThreadState_Next)
+            return 0;
     #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL

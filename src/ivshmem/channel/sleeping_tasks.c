@@ -1260,6 +1260,21 @@ static int __Pyx_init_tpflags_variables(void) {
 #include <unistd.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* glibc has fstat(2) as a symbol since 2.33 only, and wheels are for 2.28. */
+    static inline int ivshmem_fstat(int fd, struct stat *status)
+    {
+    #if defined(__x86_64__) || defined(__aarch64__) /* the kernel's structure is glibc's */
+        return (int)syscall(SYS_fstat, fd, status);
+    #else
+        return fstat(fd, status);
+    #endif
+    }
+    
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <poll.h>
@@ -1564,11 +1579,51 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 
+    #ifdef IVSHMEM_LIMITED_API /* see limited_api.h */
+    #define PyBytes_AS_STRING PyBytes_AsString
+    #define PyFloat_AS_DOUBLE PyFloat_AsDouble
+    /* Cython takes fast calls only from 3.12 on. Without them each call makes a tuple and a dict,
+       which takes 60 ns. */
+    #undef CYTHON_VECTORCALL
+    #define CYTHON_VECTORCALL 1
+    #undef __Pyx_METH_FASTCALL
+    #define __Pyx_METH_FASTCALL METH_FASTCALL
+    #undef __Pyx_PyCFunction_FastCall
+    #define __Pyx_PyCFunction_FastCall __Pyx_PyCFunctionFast
+    #undef __Pyx_PyCFunction_FastCallWithKeywords
+    #define __Pyx_PyCFunction_FastCallWithKeywords __Pyx_PyCFunctionFastWithKeywords
+    #undef __pyx_vectorcallfunc
+    #define __pyx_vectorcallfunc vectorcallfunc
+    #undef __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET
+    #define __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET PY_VECTORCALL_ARGUMENTS_OFFSET
+    #undef __Pyx_PyVectorcall_NARGS
+    #define __Pyx_PyVectorcall_NARGS(n) PyVectorcall_NARGS((size_t)(n))
+    #endif
+    
+
+    #ifdef IVSHMEM_LIMITED_API
+    /* Not in the limited API, and weak for that reason: where one is missing, there is never known
+       to be a single thread. CPython 3.10 to 3.15 have all four. */
+    #pragma weak PyInterpreterState_Head
+    #pragma weak PyInterpreterState_Next
+    #pragma weak PyInterpreterState_ThreadHead
+    #pragma weak PyThreadState_Next
+    PyInterpreterState *PyInterpreterState_Head(void);
+    PyInterpreterState *PyInterpreterState_Next(PyInterpreterState *);
+    PyThreadState *PyInterpreterState_ThreadHead(PyInterpreterState *);
+    PyThreadState *PyThreadState_Next(PyThreadState *);
+    #endif
+
     /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
     static inline int ivshmem_is_only_thread(void)
     {
     #ifdef Py_GIL_DISABLED
         return 0; /* there is no GIL: to release it costs nothing */
+    #endif
+    #ifdef IVSHMEM_LIMITED_API
+        if (!PyInterpreterState_Head || !PyInterpreterState_Next
+            || !PyInterpreterState_ThreadHead || !PyThreadState_Next)
+            return 0;
     #endif
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         return PyInterpreterState_Next(interpreter) == NULL
@@ -1601,10 +1656,17 @@ static int __Pyx_init_tpflags_variables(void) {
     
 #include "ivshmem_channel.h"
 
+    #ifdef IVSHMEM_LIMITED_API
+    typedef PySendResult (*sendfunc)(PyObject *, PyObject *, PyObject **);
+    #endif
     /* Cython has no name for this method of a type. */
     static inline void ivshmem_set_send(PyTypeObject *type, sendfunc send)
     {
+    #ifdef IVSHMEM_LIMITED_API
+        (void)type; (void)send;
+    #else
         type->tp_as_async->am_send = send;
+    #endif
     }
     
 #ifdef _OPENMP
@@ -2221,7 +2283,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":55
+/* "ivshmem/channel/sleeping_tasks.pyx":62
  * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
  * # is something: after so many looks other tasks have their turn.
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2232,7 +2294,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_14sleeping_tasks_LOOKS = 3
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":250
+/* "ivshmem/channel/sleeping_tasks.pyx":257
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2563,7 +2625,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":73
+/* "ivshmem/channel/sleeping_tasks.pyx":80
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2582,7 +2644,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":154
+/* "ivshmem/channel/sleeping_tasks.pyx":161
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2603,7 +2665,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":255
+/* "ivshmem/channel/sleeping_tasks.pyx":262
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2942,7 +3004,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":73
+/* "ivshmem/channel/sleeping_tasks.pyx":80
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2957,7 +3019,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__p
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":154
+/* "ivshmem/channel/sleeping_tasks.pyx":161
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2974,7 +3036,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":255
+/* "ivshmem/channel/sleeping_tasks.pyx":262
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -5288,7 +5350,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":59
+/* "ivshmem/channel/sleeping_tasks.pyx":66
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5307,48 +5369,48 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("import_asyncio", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":66
+  /* "ivshmem/channel/sleeping_tasks.pyx":73
  *     """
  *     global get_running_loop, CancelledError
  *     import asyncio  # here, for that reason             # <<<<<<<<<<<<<<
  * 
  *     CancelledError = asyncio.CancelledError
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_asyncio = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":68
+  /* "ivshmem/channel/sleeping_tasks.pyx":75
  *     import asyncio  # here, for that reason
  * 
  *     CancelledError = asyncio.CancelledError             # <<<<<<<<<<<<<<
  *     get_running_loop = asyncio.get_running_loop
  *     return 0
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":69
+  /* "ivshmem/channel/sleeping_tasks.pyx":76
  * 
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":70
+  /* "ivshmem/channel/sleeping_tasks.pyx":77
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop
  *     return 0             # <<<<<<<<<<<<<<
@@ -5361,7 +5423,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":59
+  /* "ivshmem/channel/sleeping_tasks.pyx":66
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5381,7 +5443,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":87
+/* "ivshmem/channel/sleeping_tasks.pyx":94
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5428,39 +5490,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_loop,&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 87, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 94, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 87, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 94, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 94, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 87, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 94, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 87, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 94, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 94, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 87, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 94, __pyx_L3_error)
     }
     __pyx_v_loop = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 87, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 94, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5471,7 +5533,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 87, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 94, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_v_self), __pyx_v_loop, __pyx_v_membership);
 
   /* function exit code */
@@ -5504,7 +5566,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":88
+  /* "ivshmem/channel/sleeping_tasks.pyx":95
  * 
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)             # <<<<<<<<<<<<<<
@@ -5512,9 +5574,9 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
  *         self.wakeup = Wakeup(membership)
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5534,7 +5596,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 88, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5542,7 +5604,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":89
+  /* "ivshmem/channel/sleeping_tasks.pyx":96
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5554,7 +5616,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":90
+  /* "ivshmem/channel/sleeping_tasks.pyx":97
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -5567,7 +5629,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, ((PyObject *)__pyx_v_membership)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 90, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5575,21 +5637,21 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":91
+  /* "ivshmem/channel/sleeping_tasks.pyx":98
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)
  *         self.sleeps = {}             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->sleeps);
   __Pyx_DECREF_SET(__pyx_v_self->sleeps, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":87
+  /* "ivshmem/channel/sleeping_tasks.pyx":94
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5613,7 +5675,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":93
+/* "ivshmem/channel/sleeping_tasks.pyx":100
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5675,7 +5737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":94
+  /* "ivshmem/channel/sleeping_tasks.pyx":101
  * 
  *     def __reduce__(self):
  *         raise TypeError("a LoopWatch cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -5688,14 +5750,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_LoopWatch_cannot_be_copied_or};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 94, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 94, __pyx_L1_error)
+  __PYX_ERR(0, 101, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":93
+  /* "ivshmem/channel/sleeping_tasks.pyx":100
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5714,7 +5776,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":96
+/* "ivshmem/channel/sleeping_tasks.pyx":103
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -5736,7 +5798,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":97
+  /* "ivshmem/channel/sleeping_tasks.pyx":104
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -5748,7 +5810,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":98
+    /* "ivshmem/channel/sleeping_tasks.pyx":105
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)             # <<<<<<<<<<<<<<
@@ -5757,9 +5819,9 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_t_3 = __pyx_v_sleep->_loop;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -5768,12 +5830,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 105, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":99
+    /* "ivshmem/channel/sleeping_tasks.pyx":106
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -5782,7 +5844,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_v_self->watched = 1;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":97
+    /* "ivshmem/channel/sleeping_tasks.pyx":104
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -5791,7 +5853,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":100
+  /* "ivshmem/channel/sleeping_tasks.pyx":107
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True
  *         self.sleeps[sleep] = None             # <<<<<<<<<<<<<<
@@ -5800,11 +5862,11 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   if (unlikely(__pyx_v_self->sleeps == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 100, __pyx_L1_error)
+    __PYX_ERR(0, 107, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 107, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":101
+  /* "ivshmem/channel/sleeping_tasks.pyx":108
  *             self.watched = True
  *         self.sleeps[sleep] = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -5817,7 +5879,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":96
+  /* "ivshmem/channel/sleeping_tasks.pyx":103
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -5839,7 +5901,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":103
+/* "ivshmem/channel/sleeping_tasks.pyx":110
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5921,29 +5983,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":108
+  /* "ivshmem/channel/sleeping_tasks.pyx":115
  *         cdef Sleep sleep
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
 */
-  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":109
+  /* "ivshmem/channel/sleeping_tasks.pyx":116
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":110
+  /* "ivshmem/channel/sleeping_tasks.pyx":117
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -5952,7 +6014,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_found);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 110, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 117, __pyx_L1_error)
     __pyx_t_4 = (__pyx_temp != 0);
   }
 
@@ -5976,7 +6038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":111
+    /* "ivshmem/channel/sleeping_tasks.pyx":118
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)             # <<<<<<<<<<<<<<
@@ -6003,12 +6065,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 111, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 118, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_t_6 = __pyx_t_7;
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 118, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = 0;
     {
@@ -6017,12 +6079,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 118, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":112
+    /* "ivshmem/channel/sleeping_tasks.pyx":119
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False             # <<<<<<<<<<<<<<
@@ -6031,7 +6093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
     __pyx_v_self->watched = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":110
+    /* "ivshmem/channel/sleeping_tasks.pyx":117
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6040,33 +6102,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":113
+  /* "ivshmem/channel/sleeping_tasks.pyx":120
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False
  *         for i in range(len(found)):             # <<<<<<<<<<<<<<
  *             sleep = found[i]
  *             try:
 */
-  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 120, __pyx_L1_error)
   __pyx_t_12 = __pyx_t_11;
 
   for (__pyx_t_13 = 0; __pyx_t_13 < __pyx_t_12; __pyx_t_13+=1) {
     __pyx_v_i = __pyx_t_13;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":114
+    /* "ivshmem/channel/sleeping_tasks.pyx":121
  *             self.watched = False
  *         for i in range(len(found)):
  *             sleep = found[i]             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
 */
-    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 114, __pyx_L1_error)
+    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":115
+    /* "ivshmem/channel/sleeping_tasks.pyx":122
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6082,7 +6144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XGOTREF(__pyx_t_16);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":116
+        /* "ivshmem/channel/sleeping_tasks.pyx":123
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6098,7 +6160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
           goto __pyx_L17_bool_binop_done;
         }
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L8_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L8_error)
         __pyx_t_4 = (!__pyx_t_5);
 
 
@@ -6109,17 +6171,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":117
+          /* "ivshmem/channel/sleeping_tasks.pyx":124
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()             # <<<<<<<<<<<<<<
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
 */
-          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L8_error)
+          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":116
+          /* "ivshmem/channel/sleeping_tasks.pyx":123
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6128,7 +6190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":115
+        /* "ivshmem/channel/sleeping_tasks.pyx":122
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6147,7 +6209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":118
+      /* "ivshmem/channel/sleeping_tasks.pyx":125
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step             # <<<<<<<<<<<<<<
@@ -6157,12 +6219,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.LoopWatch.wake", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 118, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 125, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":119
+        /* "ivshmem/channel/sleeping_tasks.pyx":126
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()             # <<<<<<<<<<<<<<
@@ -6189,20 +6251,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 119, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 126, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_v_loop = __pyx_t_6;
         __pyx_t_6 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":120
+        /* "ivshmem/channel/sleeping_tasks.pyx":127
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
  *                     loop.call_soon(other.expire)
  *                 raise
 */
-        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 120, __pyx_L10_except_error)
+        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L10_except_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_17 = __pyx_t_6; __Pyx_INCREF(__pyx_t_17);
         __pyx_t_18 = 0;
@@ -6211,18 +6273,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_17);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 120, __pyx_L10_except_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L10_except_error)
             #endif
             if (__pyx_t_18 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_17, __pyx_t_18, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_18;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 120, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":121
+          /* "ivshmem/channel/sleeping_tasks.pyx":128
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)             # <<<<<<<<<<<<<<
@@ -6231,7 +6293,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
           __pyx_t_8 = __pyx_v_loop;
           __Pyx_INCREF(__pyx_t_8);
-          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 121, __pyx_L10_except_error)
+          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 128, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_19);
           __pyx_t_10 = 0;
           {
@@ -6239,12 +6301,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
             __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_soon, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 121, __pyx_L10_except_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 128, __pyx_L10_except_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":120
+          /* "ivshmem/channel/sleeping_tasks.pyx":127
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
@@ -6254,7 +6316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         }
         __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":122
+        /* "ivshmem/channel/sleeping_tasks.pyx":129
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)
  *                 raise             # <<<<<<<<<<<<<<
@@ -6266,11 +6328,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_7, __pyx_t_9);
         __pyx_t_1 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 122, __pyx_L10_except_error)
+        __PYX_ERR(0, 129, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":115
+      /* "ivshmem/channel/sleeping_tasks.pyx":122
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6289,7 +6351,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":103
+  /* "ivshmem/channel/sleeping_tasks.pyx":110
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6321,7 +6383,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":125
+/* "ivshmem/channel/sleeping_tasks.pyx":132
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6347,7 +6409,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":127
+  /* "ivshmem/channel/sleeping_tasks.pyx":134
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None             # <<<<<<<<<<<<<<
@@ -6357,19 +6419,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_watch = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":128
+  /* "ivshmem/channel/sleeping_tasks.pyx":135
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()             # <<<<<<<<<<<<<<
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":129
+  /* "ivshmem/channel/sleeping_tasks.pyx":136
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6378,13 +6440,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 129, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 136, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":130
+        /* "ivshmem/channel/sleeping_tasks.pyx":137
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6395,7 +6457,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":131
+          /* "ivshmem/channel/sleeping_tasks.pyx":138
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()             # <<<<<<<<<<<<<<
@@ -6422,14 +6484,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 138, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
-          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 131, __pyx_L4_error)
+          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 138, __pyx_L4_error)
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":130
+          /* "ivshmem/channel/sleeping_tasks.pyx":137
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6438,7 +6500,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":132
+        /* "ivshmem/channel/sleeping_tasks.pyx":139
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6474,7 +6536,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 139, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __pyx_t_7 = (__pyx_t_3 != __pyx_v_loop);
@@ -6486,7 +6548,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":133
+          /* "ivshmem/channel/sleeping_tasks.pyx":140
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)             # <<<<<<<<<<<<<<
@@ -6495,13 +6557,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
           __pyx_t_3 = ((PyObject *)__pyx_v_sleeper->membership);
           __Pyx_INCREF(__pyx_t_3);
-          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 133, __pyx_L4_error)
+          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":134
+          /* "ivshmem/channel/sleeping_tasks.pyx":141
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)             # <<<<<<<<<<<<<<
@@ -6509,9 +6571,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  * 
 */
           __pyx_t_3 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 141, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_6 = 1;
@@ -6531,7 +6593,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_GIVEREF(__pyx_t_4);
@@ -6539,7 +6601,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __Pyx_DECREF_SET(__pyx_v_sleeper->watch, __pyx_t_4);
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":132
+          /* "ivshmem/channel/sleeping_tasks.pyx":139
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6549,7 +6611,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         }
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":129
+      /* "ivshmem/channel/sleeping_tasks.pyx":136
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6570,7 +6632,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":135
+  /* "ivshmem/channel/sleeping_tasks.pyx":142
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)
  *     return watch             # <<<<<<<<<<<<<<
@@ -6588,7 +6650,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":125
+  /* "ivshmem/channel/sleeping_tasks.pyx":132
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6613,7 +6675,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":138
+/* "ivshmem/channel/sleeping_tasks.pyx":145
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -6642,7 +6704,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("new_watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":139
+  /* "ivshmem/channel/sleeping_tasks.pyx":146
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops             # <<<<<<<<<<<<<<
@@ -6654,7 +6716,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __pyx_v_loops = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":140
+  /* "ivshmem/channel/sleeping_tasks.pyx":147
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -6665,7 +6727,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":141
+    /* "ivshmem/channel/sleeping_tasks.pyx":148
  *     cdef object loops = membership.loops
  *     if loops is None:
  *         raise ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -6673,7 +6735,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  *     if watch is None:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6692,14 +6754,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 141, __pyx_L1_error)
+    __PYX_ERR(0, 148, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":140
+    /* "ivshmem/channel/sleeping_tasks.pyx":147
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -6708,7 +6770,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":142
+  /* "ivshmem/channel/sleeping_tasks.pyx":149
  *     if loops is None:
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)             # <<<<<<<<<<<<<<
@@ -6722,13 +6784,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_loop};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 142, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_watch = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":143
+  /* "ivshmem/channel/sleeping_tasks.pyx":150
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -6739,7 +6801,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":146
+    /* "ivshmem/channel/sleeping_tasks.pyx":153
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -6753,7 +6815,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_keyrefs, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     if (likely(PyList_CheckExact(__pyx_t_1)) || PyTuple_CheckExact(__pyx_t_1)) {
@@ -6761,9 +6823,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_6 = 0;
       __pyx_t_7 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 146, __pyx_L1_error)
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     for (;;) {
@@ -6772,7 +6834,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 146, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6782,7 +6844,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 146, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6793,13 +6855,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
       } else {
         __pyx_t_1 = __pyx_t_7(__pyx_t_4);
         if (unlikely(!__pyx_t_1)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 146, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 153, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -6809,7 +6871,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_XDECREF_SET(__pyx_v_former, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":147
+      /* "ivshmem/channel/sleeping_tasks.pyx":154
  *         # never closed.
  *         for former in loops.keyrefs():
  *             other = former()             # <<<<<<<<<<<<<<
@@ -6836,13 +6898,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":148
+      /* "ivshmem/channel/sleeping_tasks.pyx":155
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -6865,10 +6927,10 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_is_closed, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 155, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
-      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 148, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 155, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       __pyx_t_2 = __pyx_t_9;
@@ -6877,7 +6939,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":149
+        /* "ivshmem/channel/sleeping_tasks.pyx":156
  *             other = former()
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)             # <<<<<<<<<<<<<<
@@ -6891,12 +6953,12 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           PyObject *__pyx_callargs[3] = {__pyx_t_8, __pyx_v_other, Py_None};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_pop, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":148
+        /* "ivshmem/channel/sleeping_tasks.pyx":155
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -6905,7 +6967,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":146
+      /* "ivshmem/channel/sleeping_tasks.pyx":153
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -6915,7 +6977,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":150
+    /* "ivshmem/channel/sleeping_tasks.pyx":157
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)             # <<<<<<<<<<<<<<
@@ -6928,15 +6990,15 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_v_loop, ((PyObject *)__pyx_v_membership)};
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_4);
     }
     __Pyx_INCREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_watch, __pyx_t_4);
-    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 150, __pyx_L1_error)
+    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 157, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":143
+    /* "ivshmem/channel/sleeping_tasks.pyx":150
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -6945,14 +7007,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":151
+  /* "ivshmem/channel/sleeping_tasks.pyx":158
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)
  *     return watch             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 158, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_temp;
     {
@@ -6964,7 +7026,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":138
+  /* "ivshmem/channel/sleeping_tasks.pyx":145
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -6990,7 +7052,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":173
+/* "ivshmem/channel/sleeping_tasks.pyx":180
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7041,7 +7103,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":174
+  /* "ivshmem/channel/sleeping_tasks.pyx":181
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Sleep is made by a Waiting")             # <<<<<<<<<<<<<<
@@ -7054,14 +7116,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_is_made_by_a_Waiting};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 174, __pyx_L1_error)
+  __PYX_ERR(0, 181, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":173
+  /* "ivshmem/channel/sleeping_tasks.pyx":180
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7080,7 +7142,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":176
+/* "ivshmem/channel/sleeping_tasks.pyx":183
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7142,7 +7204,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":177
+  /* "ivshmem/channel/sleeping_tasks.pyx":184
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Sleep cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -7155,14 +7217,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_cannot_be_copied_or_pick};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 184, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 177, __pyx_L1_error)
+  __PYX_ERR(0, 184, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":176
+  /* "ivshmem/channel/sleeping_tasks.pyx":183
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7181,7 +7243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":179
+/* "ivshmem/channel/sleeping_tasks.pyx":186
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7202,7 +7264,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_now", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":180
+  /* "ivshmem/channel/sleeping_tasks.pyx":187
  * 
  *     cdef int end_now(self) except -1:
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7214,7 +7276,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":181
+  /* "ivshmem/channel/sleeping_tasks.pyx":188
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7225,7 +7287,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":182
+    /* "ivshmem/channel/sleeping_tasks.pyx":189
  *         self.callback = None
  *         if self.timer is not None:
  *             self.timer.cancel()             # <<<<<<<<<<<<<<
@@ -7239,12 +7301,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":183
+    /* "ivshmem/channel/sleeping_tasks.pyx":190
  *         if self.timer is not None:
  *             self.timer.cancel()
  *             self.timer = None             # <<<<<<<<<<<<<<
@@ -7256,7 +7318,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
     __Pyx_GOTREF(__pyx_v_self->timer);
     __Pyx_DECREF_SET(__pyx_v_self->timer, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":181
+    /* "ivshmem/channel/sleeping_tasks.pyx":188
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7265,7 +7327,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":184
+  /* "ivshmem/channel/sleeping_tasks.pyx":191
  *             self.timer.cancel()
  *             self.timer = None
  *         self.watch.sleeps.pop(self, None)             # <<<<<<<<<<<<<<
@@ -7274,22 +7336,22 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   if (unlikely(__pyx_v_self->watch->sleeps == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 184, __pyx_L1_error)
+    __PYX_ERR(0, 191, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":185
+  /* "ivshmem/channel/sleeping_tasks.pyx":192
  *             self.timer = None
  *         self.watch.sleeps.pop(self, None)
  *         self.end.end_waiting()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":186
+  /* "ivshmem/channel/sleeping_tasks.pyx":193
  *         self.watch.sleeps.pop(self, None)
  *         self.end.end_waiting()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7302,7 +7364,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":179
+  /* "ivshmem/channel/sleeping_tasks.pyx":186
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7322,7 +7384,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":190
+/* "ivshmem/channel/sleeping_tasks.pyx":197
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7370,35 +7432,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_callback,&__pyx_mstate_global->__pyx_n_u_context,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 197, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 197, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 197, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 197, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 1; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 197, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 190, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 197, __pyx_L3_error)
     }
     __pyx_v_callback = values[0];
     __pyx_v_context = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 197, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7424,7 +7486,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("add_done_callback", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":193
+  /* "ivshmem/channel/sleeping_tasks.pyx":200
  *     def add_done_callback(self, callback, *, context):
  *         """Call it at the end of the sleep."""
  *         self.callback = callback             # <<<<<<<<<<<<<<
@@ -7436,7 +7498,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, __pyx_v_callback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":194
+  /* "ivshmem/channel/sleeping_tasks.pyx":201
  *         """Call it at the end of the sleep."""
  *         self.callback = callback
  *         self.context = context             # <<<<<<<<<<<<<<
@@ -7448,7 +7510,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->context);
   __Pyx_DECREF_SET(__pyx_v_self->context, __pyx_v_context);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":190
+  /* "ivshmem/channel/sleeping_tasks.pyx":197
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7463,7 +7525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":196
+/* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7511,24 +7573,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_msg,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 203, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 203, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 203, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 203, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7539,7 +7601,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 203, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7575,7 +7637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":198
+  /* "ivshmem/channel/sleeping_tasks.pyx":205
  *     def cancel(self, msg=None):
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7587,7 +7649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":199
+  /* "ivshmem/channel/sleeping_tasks.pyx":206
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7598,7 +7660,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":200
+    /* "ivshmem/channel/sleeping_tasks.pyx":207
  *         callback = self.callback
  *         if callback is None:
  *             return False             # <<<<<<<<<<<<<<
@@ -7616,7 +7678,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":199
+    /* "ivshmem/channel/sleeping_tasks.pyx":206
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7625,7 +7687,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":201
+  /* "ivshmem/channel/sleeping_tasks.pyx":208
  *         if callback is None:
  *             return False
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7637,7 +7699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":202
+  /* "ivshmem/channel/sleeping_tasks.pyx":209
  *             return False
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)             # <<<<<<<<<<<<<<
@@ -7666,7 +7728,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7692,7 +7754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7704,7 +7766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":203
+  /* "ivshmem/channel/sleeping_tasks.pyx":210
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -7720,13 +7782,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_callback, ((PyObject *)__pyx_v_self), __pyx_v_self->context};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 210, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 210, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -7735,12 +7797,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":204
+  /* "ivshmem/channel/sleeping_tasks.pyx":211
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)
  *         return True             # <<<<<<<<<<<<<<
@@ -7758,7 +7820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":196
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7781,7 +7843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":206
+/* "ivshmem/channel/sleeping_tasks.pyx":213
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7842,7 +7904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":209
+  /* "ivshmem/channel/sleeping_tasks.pyx":216
  *     def result(self):
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error             # <<<<<<<<<<<<<<
@@ -7854,7 +7916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   __pyx_v_error = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":210
+  /* "ivshmem/channel/sleeping_tasks.pyx":217
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7865,7 +7927,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":211
+    /* "ivshmem/channel/sleeping_tasks.pyx":218
  *         cdef object error = self.error
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself             # <<<<<<<<<<<<<<
@@ -7877,7 +7939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
     __Pyx_GOTREF(__pyx_v_self->error);
     __Pyx_DECREF_SET(__pyx_v_self->error, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":212
+    /* "ivshmem/channel/sleeping_tasks.pyx":219
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself
  *             raise error             # <<<<<<<<<<<<<<
@@ -7885,9 +7947,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
  *     # Called by the loop.
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 212, __pyx_L1_error)
+    __PYX_ERR(0, 219, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":210
+    /* "ivshmem/channel/sleeping_tasks.pyx":217
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7896,7 +7958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":206
+  /* "ivshmem/channel/sleeping_tasks.pyx":213
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7918,7 +7980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":216
+/* "ivshmem/channel/sleeping_tasks.pyx":223
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -7938,7 +8000,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resume", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":218
+  /* "ivshmem/channel/sleeping_tasks.pyx":225
  *     cdef int resume(self) except -1:
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7950,7 +8012,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":219
+  /* "ivshmem/channel/sleeping_tasks.pyx":226
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7962,7 +8024,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":220
+  /* "ivshmem/channel/sleeping_tasks.pyx":227
  *         callback = self.callback
  *         self.callback = None
  *         self.context.run(callback, self)             # <<<<<<<<<<<<<<
@@ -7976,12 +8038,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_callback, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_run, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 220, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":221
+  /* "ivshmem/channel/sleeping_tasks.pyx":228
  *         self.callback = None
  *         self.context.run(callback, self)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7994,7 +8056,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":216
+  /* "ivshmem/channel/sleeping_tasks.pyx":223
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -8015,7 +8077,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":223
+/* "ivshmem/channel/sleeping_tasks.pyx":230
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8076,7 +8138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("expire", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":225
+  /* "ivshmem/channel/sleeping_tasks.pyx":232
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8087,17 +8149,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":226
+    /* "ivshmem/channel/sleeping_tasks.pyx":233
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
  *             self.resume()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":225
+    /* "ivshmem/channel/sleeping_tasks.pyx":232
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8106,7 +8168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":223
+  /* "ivshmem/channel/sleeping_tasks.pyx":230
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8126,7 +8188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":170
+/* "ivshmem/channel/sleeping_tasks.pyx":177
  *     cdef object context
  *     cdef object error
  *     cdef readonly object _loop             # <<<<<<<<<<<<<<
@@ -8193,7 +8255,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_5_loop___get
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":171
+/* "ivshmem/channel/sleeping_tasks.pyx":178
  *     cdef object error
  *     cdef readonly object _loop
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited             # <<<<<<<<<<<<<<
@@ -8232,7 +8294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_f
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8305,7 +8367,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L4_error)
         __pyx_v_self->_asyncio_future_blocking = __pyx_t_2;
       }
       /*finally:*/ {
@@ -8335,7 +8397,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":229
+/* "ivshmem/channel/sleeping_tasks.pyx":236
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8361,28 +8423,28 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep_at", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":232
+  /* "ivshmem/channel/sleeping_tasks.pyx":239
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
  *         end.end_waiting()
  *         return None
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":233
+    /* "ivshmem/channel/sleeping_tasks.pyx":240
  *     cdef Sleep sleep
  *     if end.begin_waiting():
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         return None
  *     sleep = Sleep.__new__(Sleep)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":234
+    /* "ivshmem/channel/sleeping_tasks.pyx":241
  *     if end.begin_waiting():
  *         end.end_waiting()
  *         return None             # <<<<<<<<<<<<<<
@@ -8399,7 +8461,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":232
+    /* "ivshmem/channel/sleeping_tasks.pyx":239
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
@@ -8408,19 +8470,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":235
+  /* "ivshmem/channel/sleeping_tasks.pyx":242
  *         end.end_waiting()
  *         return None
  *     sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
  *     try:
  *         sleep.end = end
 */
-  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":236
+  /* "ivshmem/channel/sleeping_tasks.pyx":243
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8436,7 +8498,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":237
+      /* "ivshmem/channel/sleeping_tasks.pyx":244
  *     sleep = Sleep.__new__(Sleep)
  *     try:
  *         sleep.end = end             # <<<<<<<<<<<<<<
@@ -8448,7 +8510,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->end);
       __Pyx_DECREF_SET(__pyx_v_sleep->end, __pyx_v_end);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":238
+      /* "ivshmem/channel/sleeping_tasks.pyx":245
  *     try:
  *         sleep.end = end
  *         sleep._loop = loop             # <<<<<<<<<<<<<<
@@ -8460,21 +8522,21 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF(__pyx_v_sleep->_loop);
       __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":239
+      /* "ivshmem/channel/sleeping_tasks.pyx":246
  *         sleep.end = end
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)             # <<<<<<<<<<<<<<
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
 */
-      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 239, __pyx_L4_error)
+      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 246, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_GIVEREF(__pyx_t_3);
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->watch);
       __Pyx_DECREF_SET(__pyx_v_sleep->watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":240
+      /* "ivshmem/channel/sleeping_tasks.pyx":247
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8485,7 +8547,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":241
+        /* "ivshmem/channel/sleeping_tasks.pyx":248
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)             # <<<<<<<<<<<<<<
@@ -8494,7 +8556,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
         __pyx_t_7 = __pyx_v_loop;
         __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 241, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 248, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 0;
         {
@@ -8502,7 +8564,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_at, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 248, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_GIVEREF(__pyx_t_3);
@@ -8510,7 +8572,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
         __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":240
+        /* "ivshmem/channel/sleeping_tasks.pyx":247
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8519,17 +8581,17 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":242
+      /* "ivshmem/channel/sleeping_tasks.pyx":249
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         end.end_waiting()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L4_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":236
+      /* "ivshmem/channel/sleeping_tasks.pyx":243
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8546,7 +8608,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":243
+    /* "ivshmem/channel/sleeping_tasks.pyx":250
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8556,22 +8618,22 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_2) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.sleep_at", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 243, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 250, __pyx_L6_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":244
+      /* "ivshmem/channel/sleeping_tasks.pyx":251
  *         sleep.watch.add(sleep)
  *     except BaseException:
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         raise
  *     sleep._asyncio_future_blocking = True
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L6_except_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L6_except_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":245
+      /* "ivshmem/channel/sleeping_tasks.pyx":252
  *     except BaseException:
  *         end.end_waiting()
  *         raise             # <<<<<<<<<<<<<<
@@ -8583,11 +8645,11 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_8, __pyx_t_7);
       __pyx_t_3 = 0;  __pyx_t_8 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 245, __pyx_L6_except_error)
+      __PYX_ERR(0, 252, __pyx_L6_except_error)
     }
     goto __pyx_L6_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":236
+    /* "ivshmem/channel/sleeping_tasks.pyx":243
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8603,7 +8665,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_L9_try_end:;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":246
+  /* "ivshmem/channel/sleeping_tasks.pyx":253
  *         end.end_waiting()
  *         raise
  *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
@@ -8612,7 +8674,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   __pyx_v_sleep->_asyncio_future_blocking = 1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":247
+  /* "ivshmem/channel/sleeping_tasks.pyx":254
  *         raise
  *     sleep._asyncio_future_blocking = True
  *     return sleep             # <<<<<<<<<<<<<<
@@ -8630,7 +8692,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":229
+  /* "ivshmem/channel/sleeping_tasks.pyx":236
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8652,7 +8714,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":273
+/* "ivshmem/channel/sleeping_tasks.pyx":280
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8703,7 +8765,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":274
+  /* "ivshmem/channel/sleeping_tasks.pyx":281
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Waiting is made by an end of a channel")             # <<<<<<<<<<<<<<
@@ -8716,14 +8778,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_is_made_by_an_end_of_a};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 274, __pyx_L1_error)
+  __PYX_ERR(0, 281, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":273
+  /* "ivshmem/channel/sleeping_tasks.pyx":280
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8742,7 +8804,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":276
+/* "ivshmem/channel/sleeping_tasks.pyx":283
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8804,7 +8866,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":277
+  /* "ivshmem/channel/sleeping_tasks.pyx":284
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Waiting cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -8817,14 +8879,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_cannot_be_copied_or_pi};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 277, __pyx_L1_error)
+  __PYX_ERR(0, 284, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":276
+  /* "ivshmem/channel/sleeping_tasks.pyx":283
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8843,7 +8905,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":279
+/* "ivshmem/channel/sleeping_tasks.pyx":286
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8875,14 +8937,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":281
+  /* "ivshmem/channel/sleeping_tasks.pyx":288
  *     @property
  *     def __name__(self):
  *         return self.call.__name__             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8895,7 +8957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":279
+  /* "ivshmem/channel/sleeping_tasks.pyx":286
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8914,7 +8976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":283
+/* "ivshmem/channel/sleeping_tasks.pyx":290
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8951,21 +9013,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":285
+  /* "ivshmem/channel/sleeping_tasks.pyx":292
  *     @property
  *     def __qualname__(self):
  *         return f"{type(self.end).__name__}.{self.call.__name__}"             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_4[0] = __pyx_t_2;
@@ -8980,7 +9042,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[2]);
   #endif
   __pyx_t_1 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
+  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -8995,7 +9057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":283
+  /* "ivshmem/channel/sleeping_tasks.pyx":290
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9016,7 +9078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":287
+/* "ivshmem/channel/sleeping_tasks.pyx":294
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9044,7 +9106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":288
+  /* "ivshmem/channel/sleeping_tasks.pyx":295
  * 
  *     def __await__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9062,7 +9124,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":287
+  /* "ivshmem/channel/sleeping_tasks.pyx":294
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9077,7 +9139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":290
+/* "ivshmem/channel/sleeping_tasks.pyx":297
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9111,7 +9173,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":291
+  /* "ivshmem/channel/sleeping_tasks.pyx":298
  * 
  *     def __next__(self):
  *         return self.send(None)             # <<<<<<<<<<<<<<
@@ -9125,7 +9187,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, Py_None};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_send, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9139,7 +9201,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":290
+  /* "ivshmem/channel/sleeping_tasks.pyx":297
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9159,7 +9221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":293
+/* "ivshmem/channel/sleeping_tasks.pyx":300
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9207,32 +9269,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 293, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 293, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 293, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 300, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
     }
     __pyx_v_value = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 293, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9266,19 +9328,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":295
+  /* "ivshmem/channel/sleeping_tasks.pyx":302
  *     def send(self, value):
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()             # <<<<<<<<<<<<<<
  *         if self.state == OVER:
  *             raise StopIteration(found)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":296
+  /* "ivshmem/channel/sleeping_tasks.pyx":303
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9290,7 +9352,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":297
+    /* "ivshmem/channel/sleeping_tasks.pyx":304
  *         found = self.step()
  *         if self.state == OVER:
  *             raise StopIteration(found)             # <<<<<<<<<<<<<<
@@ -9303,14 +9365,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_found};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_StopIteration)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 297, __pyx_L1_error)
+    __PYX_ERR(0, 304, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":296
+    /* "ivshmem/channel/sleeping_tasks.pyx":303
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
@@ -9319,7 +9381,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":298
+  /* "ivshmem/channel/sleeping_tasks.pyx":305
  *         if self.state == OVER:
  *             raise StopIteration(found)
  *         return found             # <<<<<<<<<<<<<<
@@ -9337,7 +9399,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":293
+  /* "ivshmem/channel/sleeping_tasks.pyx":300
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
@@ -9358,7 +9420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":300
+/* "ivshmem/channel/sleeping_tasks.pyx":307
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9407,28 +9469,28 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_traceback,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 307, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 307, __pyx_L3_error)
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":301
+      /* "ivshmem/channel/sleeping_tasks.pyx":308
  * 
  *     @cython.binding(False)
  *     def throw(self, kind, value=None, traceback=None):             # <<<<<<<<<<<<<<
@@ -9438,21 +9500,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 300, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 307, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 307, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 307, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9465,7 +9527,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 307, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9478,7 +9540,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_self), __pyx_v_kind, __pyx_v_value, __pyx_v_traceback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":300
+  /* "ivshmem/channel/sleeping_tasks.pyx":307
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9510,7 +9572,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   __Pyx_RefNannySetupContext("throw", 0);
   __Pyx_INCREF(__pyx_v_value);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":303
+  /* "ivshmem/channel/sleeping_tasks.pyx":310
  *     def throw(self, kind, value=None, traceback=None):
  *         """End the wait by an exception."""
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9524,12 +9586,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":304
+  /* "ivshmem/channel/sleeping_tasks.pyx":311
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9540,7 +9602,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":305
+    /* "ivshmem/channel/sleeping_tasks.pyx":312
  *         self.close()
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind             # <<<<<<<<<<<<<<
@@ -9569,7 +9631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_t_1 = __pyx_t_2;
@@ -9582,7 +9644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":304
+    /* "ivshmem/channel/sleeping_tasks.pyx":311
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9592,7 +9654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":306
+  /* "ivshmem/channel/sleeping_tasks.pyx":313
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9606,7 +9668,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":307
+    /* "ivshmem/channel/sleeping_tasks.pyx":314
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)             # <<<<<<<<<<<<<<
@@ -9633,13 +9695,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":306
+    /* "ivshmem/channel/sleeping_tasks.pyx":313
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9649,7 +9711,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":308
+  /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)
  *         raise value if traceback is None else value.with_traceback(traceback)             # <<<<<<<<<<<<<<
@@ -9668,7 +9730,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_traceback};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_with_traceback, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 308, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 315, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __pyx_t_1 = __pyx_t_6;
@@ -9677,9 +9739,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
 
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 308, __pyx_L1_error)
+  __PYX_ERR(0, 315, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":300
+  /* "ivshmem/channel/sleeping_tasks.pyx":307
  *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9701,7 +9763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":310
+/* "ivshmem/channel/sleeping_tasks.pyx":317
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9761,7 +9823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":312
+  /* "ivshmem/channel/sleeping_tasks.pyx":319
  *     def close(self):
  *         """End the wait."""
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -9770,17 +9832,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":313
+  /* "ivshmem/channel/sleeping_tasks.pyx":320
  *         """End the wait."""
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":310
+  /* "ivshmem/channel/sleeping_tasks.pyx":317
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9800,7 +9862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":315
+/* "ivshmem/channel/sleeping_tasks.pyx":322
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9827,17 +9889,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":316
+  /* "ivshmem/channel/sleeping_tasks.pyx":323
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":315
+  /* "ivshmem/channel/sleeping_tasks.pyx":322
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9853,7 +9915,7 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":318
+/* "ivshmem/channel/sleeping_tasks.pyx":325
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -9882,7 +9944,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":320
+  /* "ivshmem/channel/sleeping_tasks.pyx":327
  *     cdef object step(self):
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
@@ -9893,7 +9955,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":321
+  /* "ivshmem/channel/sleeping_tasks.pyx":328
  *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -9902,7 +9964,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":322
+  /* "ivshmem/channel/sleeping_tasks.pyx":329
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -9912,7 +9974,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":323
+    /* "ivshmem/channel/sleeping_tasks.pyx":330
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -9923,17 +9985,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":324
+      /* "ivshmem/channel/sleeping_tasks.pyx":331
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":325
+      /* "ivshmem/channel/sleeping_tasks.pyx":332
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -9947,11 +10009,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 325, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 332, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 325, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 332, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9970,10 +10032,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 325, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 332, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -9982,7 +10044,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":323
+      /* "ivshmem/channel/sleeping_tasks.pyx":330
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -9991,7 +10053,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":322
+    /* "ivshmem/channel/sleeping_tasks.pyx":329
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -10001,7 +10063,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":327
+    /* "ivshmem/channel/sleeping_tasks.pyx":334
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -10014,14 +10076,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 334, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 327, __pyx_L1_error)
+    __PYX_ERR(0, 334, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":326
+    /* "ivshmem/channel/sleeping_tasks.pyx":333
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -10031,19 +10093,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":329
+    /* "ivshmem/channel/sleeping_tasks.pyx":336
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
  *         for _ in range(LOOKS):
  *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":330
+  /* "ivshmem/channel/sleeping_tasks.pyx":337
  *         else:
  *             self.awake()
  *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -10057,19 +10119,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
     __pyx_v__ = __pyx_t_10;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":331
+    /* "ivshmem/channel/sleeping_tasks.pyx":338
  *             self.awake()
  *         for _ in range(LOOKS):
  *             found = self.look()             # <<<<<<<<<<<<<<
  *             if found is not ABSENT:
  *                 return found
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 338, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":332
+    /* "ivshmem/channel/sleeping_tasks.pyx":339
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10080,7 +10142,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":333
+      /* "ivshmem/channel/sleeping_tasks.pyx":340
  *             found = self.look()
  *             if found is not ABSENT:
  *                 return found             # <<<<<<<<<<<<<<
@@ -10098,7 +10160,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":332
+      /* "ivshmem/channel/sleeping_tasks.pyx":339
  *         for _ in range(LOOKS):
  *             found = self.look()
  *             if found is not ABSENT:             # <<<<<<<<<<<<<<
@@ -10107,7 +10169,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":334
+    /* "ivshmem/channel/sleeping_tasks.pyx":341
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10118,17 +10180,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":335
+      /* "ivshmem/channel/sleeping_tasks.pyx":342
  *                 return found
  *             if self.loop is None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is not None:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":334
+      /* "ivshmem/channel/sleeping_tasks.pyx":341
  *             if found is not ABSENT:
  *                 return found
  *             if self.loop is None:             # <<<<<<<<<<<<<<
@@ -10137,7 +10199,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":336
+    /* "ivshmem/channel/sleeping_tasks.pyx":343
  *             if self.loop is None:
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
@@ -10150,7 +10212,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_INCREF(__pyx_t_4);
     __pyx_t_3 = __pyx_v_self->deadline;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -10160,7 +10222,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":337
+    /* "ivshmem/channel/sleeping_tasks.pyx":344
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10171,7 +10233,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":338
+      /* "ivshmem/channel/sleeping_tasks.pyx":345
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is not None:
  *                 break             # <<<<<<<<<<<<<<
@@ -10180,7 +10242,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":337
+      /* "ivshmem/channel/sleeping_tasks.pyx":344
  *                 self.find_loop()
  *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
  *             if self.sleep is not None:             # <<<<<<<<<<<<<<
@@ -10192,7 +10254,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":339
+  /* "ivshmem/channel/sleeping_tasks.pyx":346
  *             if self.sleep is not None:
  *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
@@ -10201,7 +10263,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":340
+  /* "ivshmem/channel/sleeping_tasks.pyx":347
  *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
@@ -10219,7 +10281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":318
+  /* "ivshmem/channel/sleeping_tasks.pyx":325
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
@@ -10244,7 +10306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":342
+/* "ivshmem/channel/sleeping_tasks.pyx":349
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10266,7 +10328,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":343
+  /* "ivshmem/channel/sleeping_tasks.pyx":350
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10277,17 +10339,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":344
+    /* "ivshmem/channel/sleeping_tasks.pyx":351
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":343
+    /* "ivshmem/channel/sleeping_tasks.pyx":350
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10296,7 +10358,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":345
+  /* "ivshmem/channel/sleeping_tasks.pyx":352
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -10323,7 +10385,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 345, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -10331,7 +10393,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":346
+  /* "ivshmem/channel/sleeping_tasks.pyx":353
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10344,7 +10406,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":342
+  /* "ivshmem/channel/sleeping_tasks.pyx":349
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10365,7 +10427,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":348
+/* "ivshmem/channel/sleeping_tasks.pyx":355
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10386,7 +10448,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":349
+  /* "ivshmem/channel/sleeping_tasks.pyx":356
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -10409,10 +10471,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 349, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10423,7 +10485,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":348
+  /* "ivshmem/channel/sleeping_tasks.pyx":355
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10443,7 +10505,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":351
+/* "ivshmem/channel/sleeping_tasks.pyx":358
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10475,7 +10537,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":353
+  /* "ivshmem/channel/sleeping_tasks.pyx":360
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10486,7 +10548,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":354
+    /* "ivshmem/channel/sleeping_tasks.pyx":361
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10495,14 +10557,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 354, __pyx_L1_error)
+      __PYX_ERR(0, 361, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 361, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":355
+    /* "ivshmem/channel/sleeping_tasks.pyx":362
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found             # <<<<<<<<<<<<<<
@@ -10518,7 +10580,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 
       goto __pyx_L4_bool_binop_done;
     }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
     __pyx_t_4 = (!__pyx_t_3);
 
 
@@ -10545,7 +10607,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":353
+    /* "ivshmem/channel/sleeping_tasks.pyx":360
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10554,7 +10616,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":356
+  /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10570,7 +10632,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XGOTREF(__pyx_t_7);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":357
+      /* "ivshmem/channel/sleeping_tasks.pyx":364
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10581,7 +10643,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":358
+        /* "ivshmem/channel/sleeping_tasks.pyx":365
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10590,9 +10652,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 358, __pyx_L6_error)
+          __PYX_ERR(0, 365, __pyx_L6_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L6_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 365, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10605,7 +10667,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __pyx_t_2 = 0;
         goto __pyx_L10_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":357
+        /* "ivshmem/channel/sleeping_tasks.pyx":364
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10614,7 +10676,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":359
+      /* "ivshmem/channel/sleeping_tasks.pyx":366
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -10623,15 +10685,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 359, __pyx_L6_error)
+        __PYX_ERR(0, 366, __pyx_L6_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 359, __pyx_L6_error)
+        __PYX_ERR(0, 366, __pyx_L6_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 359, __pyx_L6_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 359, __pyx_L6_error)
+      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 366, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
@@ -10645,7 +10707,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       __pyx_t_8 = 0;
       goto __pyx_L10_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":356
+      /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10657,7 +10719,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":360
+    /* "ivshmem/channel/sleeping_tasks.pyx":367
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
@@ -10667,26 +10729,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 360, __pyx_L8_except_error)
+      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 367, __pyx_L8_except_error)
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":361
+      /* "ivshmem/channel/sleeping_tasks.pyx":368
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L8_except_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L8_except_error)
       __pyx_t_4 = (!__pyx_t_1);
 
 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":362
+        /* "ivshmem/channel/sleeping_tasks.pyx":369
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -10707,7 +10769,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         goto __pyx_L9_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":361
+        /* "ivshmem/channel/sleeping_tasks.pyx":368
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -10716,7 +10778,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":363
+      /* "ivshmem/channel/sleeping_tasks.pyx":370
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10727,7 +10789,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (unlikely(__pyx_t_4)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":364
+        /* "ivshmem/channel/sleeping_tasks.pyx":371
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
@@ -10739,9 +10801,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_XGIVEREF(__pyx_t_10);
         __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_10);
         __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 364, __pyx_L8_except_error)
+        __PYX_ERR(0, 371, __pyx_L8_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":363
+        /* "ivshmem/channel/sleeping_tasks.pyx":370
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10756,7 +10818,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     }
     goto __pyx_L8_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":356
+    /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10788,7 +10850,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":365
+  /* "ivshmem/channel/sleeping_tasks.pyx":372
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10797,16 +10859,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":366
+  /* "ivshmem/channel/sleeping_tasks.pyx":373
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_12[1] = __pyx_t_8;
@@ -10822,7 +10884,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 366, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -10832,14 +10894,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_15, (2-__pyx_t_15) | (__pyx_t_15*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 365, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
   }
   __Pyx_Raise(__pyx_t_10, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-  __PYX_ERR(0, 365, __pyx_L1_error)
+  __PYX_ERR(0, 372, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":351
+  /* "ivshmem/channel/sleeping_tasks.pyx":358
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10863,7 +10925,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":369
+/* "ivshmem/channel/sleeping_tasks.pyx":376
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -10883,7 +10945,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":370
+  /* "ivshmem/channel/sleeping_tasks.pyx":377
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -10895,7 +10957,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":371
+  /* "ivshmem/channel/sleeping_tasks.pyx":378
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -10906,7 +10968,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":372
+    /* "ivshmem/channel/sleeping_tasks.pyx":379
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -10918,17 +10980,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":373
+    /* "ivshmem/channel/sleeping_tasks.pyx":380
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":371
+    /* "ivshmem/channel/sleeping_tasks.pyx":378
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -10937,7 +10999,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":374
+  /* "ivshmem/channel/sleeping_tasks.pyx":381
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10950,7 +11012,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":369
+  /* "ivshmem/channel/sleeping_tasks.pyx":376
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -10970,7 +11032,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":377
+/* "ivshmem/channel/sleeping_tasks.pyx":384
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -10990,19 +11052,19 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send_to_waiting", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":381
+  /* "ivshmem/channel/sleeping_tasks.pyx":388
  * ) except PYGEN_ERROR:
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":382
+  /* "ivshmem/channel/sleeping_tasks.pyx":389
  *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)             # <<<<<<<<<<<<<<
@@ -11011,7 +11073,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   Py_INCREF(__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":383
+  /* "ivshmem/channel/sleeping_tasks.pyx":390
  *     cdef object found = (<Waiting>waiting).step()
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
@@ -11020,7 +11082,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
 */
   (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":384
+  /* "ivshmem/channel/sleeping_tasks.pyx":391
  *     Py_INCREF(found)
  *     result[0] = <PyObject *>found
  *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
@@ -11042,7 +11104,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":377
+  /* "ivshmem/channel/sleeping_tasks.pyx":384
  * 
  * 
  * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
@@ -11062,7 +11124,7 @@ static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(P
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":390
+/* "ivshmem/channel/sleeping_tasks.pyx":397
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11080,19 +11142,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":391
+  /* "ivshmem/channel/sleeping_tasks.pyx":398
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":392
+  /* "ivshmem/channel/sleeping_tasks.pyx":399
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -11104,7 +11166,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":393
+  /* "ivshmem/channel/sleeping_tasks.pyx":400
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -11116,7 +11178,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":394
+  /* "ivshmem/channel/sleeping_tasks.pyx":401
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -11128,7 +11190,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":395
+  /* "ivshmem/channel/sleeping_tasks.pyx":402
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -11140,7 +11202,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":396
+  /* "ivshmem/channel/sleeping_tasks.pyx":403
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11158,7 +11220,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":390
+  /* "ivshmem/channel/sleeping_tasks.pyx":397
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11178,7 +11240,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":399
+/* "ivshmem/channel/sleeping_tasks.pyx":406
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11197,7 +11259,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":405
+  /* "ivshmem/channel/sleeping_tasks.pyx":412
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -11208,12 +11270,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 405, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -11222,7 +11284,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -11236,7 +11298,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":399
+  /* "ivshmem/channel/sleeping_tasks.pyx":406
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11256,7 +11318,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":408
+/* "ivshmem/channel/sleeping_tasks.pyx":415
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11266,7 +11328,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":409
+  /* "ivshmem/channel/sleeping_tasks.pyx":416
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -11289,22 +11351,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":412
+  /* "ivshmem/channel/sleeping_tasks.pyx":419
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 412, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":413
+  /* "ivshmem/channel/sleeping_tasks.pyx":420
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -11316,7 +11378,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":414
+  /* "ivshmem/channel/sleeping_tasks.pyx":421
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -11328,7 +11390,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":415
+  /* "ivshmem/channel/sleeping_tasks.pyx":422
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11346,7 +11408,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":408
+  /* "ivshmem/channel/sleeping_tasks.pyx":415
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11367,7 +11429,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":418
+/* "ivshmem/channel/sleeping_tasks.pyx":425
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11385,19 +11447,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":424
+  /* "ivshmem/channel/sleeping_tasks.pyx":431
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 424, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":425
+  /* "ivshmem/channel/sleeping_tasks.pyx":432
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -11408,7 +11470,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":426
+  /* "ivshmem/channel/sleeping_tasks.pyx":433
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11424,7 +11486,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":418
+  /* "ivshmem/channel/sleeping_tasks.pyx":425
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12316,14 +12378,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
   __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch.add = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 80, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch);
@@ -12333,8 +12395,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __weakref__);
   #endif
@@ -12357,14 +12419,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.end_now = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.resume = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 161, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep);
@@ -12374,8 +12436,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12398,14 +12460,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.look = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 262, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting);
@@ -12415,8 +12477,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13008,7 +13070,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":45
+  /* "ivshmem/channel/sleeping_tasks.pyx":52
  *     void ivshmem_set_send(PyTypeObject *type, sendfunc send)
  * 
  * cdef object get_running_loop = None             # <<<<<<<<<<<<<<
@@ -13020,7 +13082,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":46
+  /* "ivshmem/channel/sleeping_tasks.pyx":53
  * 
  * cdef object get_running_loop = None
  * cdef object CancelledError = None             # <<<<<<<<<<<<<<
@@ -13032,7 +13094,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":49
+  /* "ivshmem/channel/sleeping_tasks.pyx":56
  * 
  * # In the place of a result: there is none yet.
  * cdef object ABSENT = object()             # <<<<<<<<<<<<<<
@@ -13045,7 +13107,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_object, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
@@ -13053,7 +13115,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":51
+  /* "ivshmem/channel/sleeping_tasks.pyx":58
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
@@ -13065,113 +13127,113 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":93
+  /* "ivshmem/channel/sleeping_tasks.pyx":100
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":176
+  /* "ivshmem/channel/sleeping_tasks.pyx":183
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":196
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":223
+  /* "ivshmem/channel/sleeping_tasks.pyx":230
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":276
+  /* "ivshmem/channel/sleeping_tasks.pyx":283
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":293
+  /* "ivshmem/channel/sleeping_tasks.pyx":300
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
  *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 300, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":310
+  /* "ivshmem/channel/sleeping_tasks.pyx":317
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
  *         self.state = OVER
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":387
+  /* "ivshmem/channel/sleeping_tasks.pyx":394
  * 
  * 
  * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
@@ -13230,7 +13292,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_object = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_object); if (!__pyx_builtin_object) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_builtin_object = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_object); if (!__pyx_builtin_object) __PYX_ERR(0, 56, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13253,7 +13315,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":203
+  /* "ivshmem/channel/sleeping_tasks.pyx":210
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -13262,12 +13324,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 210, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":51
+  /* "ivshmem/channel/sleeping_tasks.pyx":58
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
@@ -13276,12 +13338,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 58, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":196
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -13290,7 +13352,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 196, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13478,37 +13540,37 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 93};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 100};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 183};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 203};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_msg, __pyx_mstate->__pyx_n_u_callback};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 223};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 230};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_expire, __pyx_mstate->__pyx_kp_b_iso88591_A_4z_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 283};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 293};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 300};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_E_4wc_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 310};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }

@@ -27,10 +27,17 @@ from ..system.time_limits import seconds_of
 
 cdef extern from *:
     """
+    #ifdef IVSHMEM_LIMITED_API
+    typedef PySendResult (*sendfunc)(PyObject *, PyObject *, PyObject **);
+    #endif
     /* Cython has no name for this method of a type. */
     static inline void ivshmem_set_send(PyTypeObject *type, sendfunc send)
     {
+    #ifdef IVSHMEM_LIMITED_API
+        (void)type; (void)send;
+    #else
         type->tp_as_async->am_send = send;
+    #endif
     }
     """
     ctypedef enum PySendResult:
