@@ -50,7 +50,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         )
         command.set_defaults(run=run)
         _ARGUMENTS[name](command)
-        if name != "serve":
+        if name not in ("serve", "bundle"):
             command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -129,7 +129,27 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="do not log joins and leaves")
 
 
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The file fits each Python from 3.10 on, on a machine with this kind of processor. In the"
+        " guest: python3 ivshmem.pyz guest list"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="ivshmem.pyz",
+        help="the file: NAME.pyz (a program), NAME.tar, or NAME.iso (default: ivshmem.pyz)",
+    )
+    parser.add_argument(
+        "--iso",
+        action="store_true",
+        help="make a read-only disk image, which the guest mounts, whatever the file is called",
+    )
+
+
 _ARGUMENTS = {
+    "bundle": _add_bundle,
     "list": _add_nothing,
     "info": _add_device,
     "ring": _add_ring,
@@ -345,7 +365,34 @@ def _banner(broker: guest.Broker, device: guest.GuestDevice) -> str:
     )
 
 
+def _bundle(options: argparse.Namespace) -> int:
+    from . import guest_bundle as bundle  # here: the other commands pack nothing
+
+    form = "iso" if options.iso else bundle.form_of(options.output)
+    size = bundle.write(options.output, form)
+    only = bundle.fits()
+    print(
+        f"wrote {options.output}: {-(-size // 1024)} KiB, for {os.uname().machine} and Python"
+        f" {only or '3.10 or newer'}"
+    )
+    for line in _IN_GUEST[form]:
+        print(f"  {line.format(name=os.path.basename(options.output))}")
+    return 0
+
+
+# What a user types in the guest, then.
+_IN_GUEST = {
+    "pyz": ("in the guest: python3 {name} guest list",),
+    "tar": ("in the guest: tar -xf {name} && python3 ivshmem/ivshmem.pyz guest list",),
+    "iso": (
+        "for QEMU: -drive file={name},media=cdrom,readonly=on,format=raw",
+        "in the guest: mount -o ro /dev/sr0 /mnt && python3 /mnt/ivshmem.pyz guest list",
+    ),
+}
+
+
 _COMMANDS = (
+    ("bundle", _bundle, "pack this package into one file, on the host, for guests without it"),
     ("list", _list, "list the ivshmem devices of this machine"),
     ("info", _info, "show a device: its id, how it is opened, its interrupts"),
     ("ring", _ring, "interrupt a vector of a peer"),

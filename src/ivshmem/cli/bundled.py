@@ -1,0 +1,165 @@
+"""Runs the command line from a bundle: it is `__main__.py` there, and imports nothing before.
+
+Knows: where compiled modules can be loaded from, and who may have put them there.
+Does not know: what is in the bundle.
+
+Python loads a compiled module only from a file. Beside an unpacked bundle (a tar archive, a disk
+image) they lie as files. A .pyz has them inside, and unpacks them once into a folder that belongs
+to its user alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import spec_from_file_location
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+    from typing import NoReturn
+
+BESIDE = "modules"  # the folder of an unpacked bundle
+PACKED = "modules.tar.xz"  # in a .pyz
+ABSENT = {"bench", "migrate"}  # subcommands for hosts
+PLACE = "IVSHMEM_UNPACK"  # the variable with another folder to unpack into
+
+
+class Finder:
+    """Finds compiled modules in a folder, where a.b.c is in `a.b.c.abi3.so`."""
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self._files = {
+            name.partition(".abi3.")[0].partition(".cpython-")[0]: os.path.join(folder, name)
+            for name in names
+        }
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        file = self._files.get(name)
+        if file is None:
+            return None
+        return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
+
+
+def run(bundle: str, made: dict[str, str]) -> int:
+    """Run the command line of the bundle at a path.
+
+    Args:
+        made: "machine", "python" (a version that alone fits, or ""), "digest" of the modules.
+    """
+    folder = _folder(bundle, made)
+    sys.meta_path.insert(0, Finder(folder, os.listdir(folder)))
+    try:
+        # Here: to say why it cannot be loaded.
+        import ivshmem._core  # noqa: F401
+    except ImportError as error:
+        _fail(_why(folder, error))
+    # The compiled modules are found from here on.
+    from ivshmem.cli.main import SUBCOMMANDS, main
+
+    if sys.argv[1:] and sys.argv[1] in ABSENT & SUBCOMMANDS.keys():
+        print(
+            f"ivshmem: this bundle is for guests, and has no {sys.argv[1]!r}: run it on the host",
+            file=sys.stderr,
+        )
+        return 1
+    return main()
+
+
+def _fail(why: str) -> NoReturn:
+    sys.exit(f"ivshmem: {why}")
+
+
+def _folder(bundle: str, made: dict[str, str]) -> str:
+    """Where the compiled modules are."""
+    machine, version = os.uname().machine, ".".join(map(str, sys.version_info[:2]))
+    if machine != made["machine"]:
+        _fail(
+            f"this bundle is for {made['machine']}, and this machine is {machine}: make the bundle"
+            " on a host of this kind"
+        )
+    if made["python"] not in ("", version):
+        _fail(
+            f"this bundle is for Python {made['python']}, and this is {version}: make the bundle"
+            " with a package that was built without IVSHMEM_ABI3=0, by Python 3.11 or newer"
+        )
+    beside = os.path.join(os.path.dirname(os.path.abspath(bundle)), BESIDE)
+    if os.path.isdir(beside):
+        return beside
+    target = os.path.join(_place(), f"ivshmem-{made['digest']}")
+    if not os.path.isdir(target):
+        _unpack(bundle, target)
+    _check_ours(target)
+    return target
+
+
+def _place() -> str:
+    """The folder to unpack into, which is made if it is missing."""
+    place = os.environ.get(PLACE)
+    if not place:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        place = os.path.join(home, "ivshmem")
+    try:
+        os.makedirs(place, mode=0o700, exist_ok=True)
+    except OSError as error:
+        _fail(
+            f"the compiled modules cannot be unpacked into {place} ({error.strerror}): set"
+            f" {PLACE}=DIR to a folder of yours"
+        )
+    return place
+
+
+def _check_ours(target: str) -> None:
+    """Nobody else may have written what is loaded into this process."""
+    for path in (target, *(os.path.join(target, name) for name in os.listdir(target))):
+        found = os.lstat(path)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            _fail(
+                f"{path} belongs to another user, or others can write to it: set {PLACE}=DIR to a"
+                " folder that only you can write to"
+            )
+
+
+def _unpack(bundle: str, target: str) -> None:
+    """Unpack the modules: all of them appear, or none."""
+    import io  # here: most runs find the modules unpacked
+    import shutil
+    import tarfile
+    import tempfile
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(bundle) as archive:
+            packed = archive.read(PACKED)
+        work = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=".unpacking-")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as modules:
+                for member in modules:
+                    source = modules.extractfile(member)
+                    if source is None or "/" in member.name:
+                        _fail(f"{bundle} is damaged: copy it again")
+                    with open(os.path.join(work, member.name), "xb") as file:
+                        os.fchmod(file.fileno(), 0o700)
+                        shutil.copyfileobj(source, file)
+            os.rename(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+        if not os.path.isdir(target):  # or another process was quicker
+            _fail(
+                f"the compiled modules cannot be unpacked into {os.path.dirname(target)} ({error}):"
+                f" set {PLACE}=DIR to a folder of yours with 2 MiB of space"
+            )
+
+
+def _why(folder: str, error: ImportError) -> str:
+    if "failed to map" in str(error) or "Permission denied" in str(error):
+        return (
+            f"{folder} may not hold programs (it is mounted noexec): set {PLACE}=DIR to a folder"
+            " that may"
+        )
+    return f"a compiled module cannot be loaded: {error}"

@@ -1,0 +1,218 @@
+"""`ivshmem guest bundle`: one file that runs where there is Python, and no package, pip or network.
+
+tests/vm/test_guest_bundle.py runs it in a guest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import pythons
+
+import ivshmem
+from ivshmem.cli import disk_image as iso
+from ivshmem.cli import guest_bundle as bundle
+
+PYZ_LIMIT = 1 << 20  # what a guest must copy
+UNPACKED_LIMIT = 2 << 20
+
+
+def ran(
+    *command: str | Path, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a bundle by an interpreter that finds no other package."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return subprocess.run(
+        [python, "-I", "-S", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**kept, **environment},
+        cwd="/",
+    )
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle in each form, as the command writes them."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for form in bundle.FORMS:
+        command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", f"ivshmem.{form}"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, cwd=folder
+        )
+        assert done.returncode == 0, done
+        assert done.stdout.startswith(f"wrote ivshmem.{form}: ")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+
+
+def unpacked(home: Path) -> list[Path]:
+    return sorted((home / "ivshmem").glob("*/*"))
+
+
+def test_a_program_runs_alone(bundles: Path, home: Path) -> None:
+    file = bundles / "ivshmem.pyz"
+    assert file.stat().st_size <= PYZ_LIMIT
+    done = ran(file, "--version", XDG_CACHE_HOME=str(home))
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
+    modules = unpacked(home)
+    assert len(modules) == len(bundle.compiled())
+    assert sum(module.stat().st_size for module in modules) <= UNPACKED_LIMIT
+    before = [module.stat().st_ino for module in modules]
+    done = ran(file, "guest", "list", XDG_CACHE_HOME=str(home))
+    assert "no ivshmem device in this machine" in done.stderr
+    assert [module.stat().st_ino for module in unpacked(home)] == before  # unpacked once
+
+
+def test_the_oldest_python_runs_it(bundles: Path, home: Path) -> None:
+    oldest = pythons.oldest()
+    if oldest is None or bundle.fits():
+        pytest.skip("this needs CPython 3.10, and modules for all versions")
+    done = ran(bundles / "ivshmem.pyz", "--version", python=oldest, XDG_CACHE_HOME=str(home))
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["guest", "channel", "connect", "forward", "doctor", "serve"])
+def test_a_guest_has_what_it_uses(bundles: Path, home: Path, command: str) -> None:
+    done = ran(bundles / "ivshmem.pyz", command, "--help", XDG_CACHE_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: ivshmem {command}")
+
+
+def test_what_stays_on_the_host_is_said_in_one_line(bundles: Path, home: Path) -> None:
+    for command in ("bench", "migrate"):
+        done = ran(bundles / "ivshmem.pyz", command, "--help", XDG_CACHE_HOME=str(home))
+        assert done.returncode == 1
+        assert "this bundle is for guests" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_archive_needs_no_place_to_unpack(bundles: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(bundles / "ivshmem.tar", tmp_path, "tar")
+    program = tmp_path / "ivshmem/ivshmem.pyz"
+    done = ran(program, "--version", HOME="/nowhere", XDG_CACHE_HOME="/nowhere")
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
+    sizes = [path.stat().st_size for path in (tmp_path / "ivshmem").rglob("*") if path.is_file()]
+    assert sum(sizes) <= UNPACKED_LIMIT * 1.3
+
+
+def test_others_cannot_put_modules_there(bundles: Path, home: Path) -> None:
+    """A remedy, too: the folder that the message asks for works."""
+    file = bundles / "ivshmem.pyz"
+    assert ran(file, "--version", XDG_CACHE_HOME=str(home)).returncode == 0
+    unpacked(home)[0].chmod(0o777)
+    done = ran(file, "--version", XDG_CACHE_HOME=str(home))
+    assert done.returncode == 1
+    assert "others can write to it: set IVSHMEM_UNPACK=DIR" in done.stderr
+    done = ran(file, "--version", XDG_CACHE_HOME=str(home), IVSHMEM_UNPACK=str(home / "mine"))
+    assert done.returncode == 0
+
+
+def test_no_place(bundles: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = ran(bundles / "ivshmem.pyz", "--version", IVSHMEM_UNPACK=str(tmp_path / "file/below"))
+    assert done.returncode == 1
+    assert "cannot be unpacked into" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_where_nothing_may_execute(bundles: Path, tmp_path: Path) -> None:
+    mount = "mount -t tmpfs -o noexec none {0} && exec {1} -I -S {2} --version"
+    script = mount.format(tmp_path, sys.executable, bundles / "ivshmem.pyz")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        env={**os.environ, "IVSHMEM_UNPACK": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount in a namespace of its own here: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert "it is mounted noexec): set IVSHMEM_UNPACK=DIR" in done.stderr
+
+
+def test_another_machine(bundles: Path, home: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(bundles / "ivshmem.pyz", tmp_path / "tree", "zip")
+    start = tmp_path / "tree/__main__.py"
+    start.write_text(start.read_text().replace(f"'{os.uname().machine}'", "'vax'"))
+    done = ran(start.parent, "--version", XDG_CACHE_HOME=str(home))
+    assert "this bundle is for vax" in done.stderr
+    assert not home.exists()
+
+
+def test_a_name_without_an_ending() -> None:
+    command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", "/tmp/x.zip"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "End its name in .pyz (a program), .tar, or .iso (a disk image)" in done.stderr
+
+
+# -- the disk image -------------------------------------------------------------------------------
+
+
+def files_of(image: bytes) -> dict[str, bytes]:
+    """What a reader of ISO 9660 finds, from the root directory on."""
+    primary = image[16 * iso.SECTOR :][: iso.SECTOR]
+    assert primary[:7] == b"\1CD001\1"
+    assert struct.unpack_from("<I", primary, 80)[0] * iso.SECTOR == len(image)
+    return dict(walk(image, primary[156:190], ""))
+
+
+def walk(image: bytes, record: bytes, above: str) -> Iterator[tuple[str, bytes]]:
+    start, size = struct.unpack_from("<I4xI", record, 2)
+    assert struct.unpack_from(">I4xI", record, 6) == (start, size)
+    data, at = image[start * iso.SECTOR :][:size], 0
+    while at < size:
+        length = data[at]
+        if not length:  # the rest of a sector
+            at += iso.SECTOR - at % iso.SECTOR
+            continue
+        entry, at = data[at : at + length], at + length
+        name = entry[33 : 33 + entry[32]].decode().lower().removesuffix(";1")
+        if name in ("\0", "\1"):
+            continue
+        if entry[25] & 2:
+            yield from walk(image, entry, f"{above}{name}/")
+        else:
+            begin, long = struct.unpack_from("<I4xI", entry, 2)
+            yield above + name, image[begin * iso.SECTOR :][:long]
+
+
+def test_an_image_has_the_files(bundles: Path, tmp_path: Path) -> None:
+    files = files_of((bundles / "ivshmem.iso").read_bytes())
+    assert {name for name in files if "/" in name} == {f"modules/{n}" for n in bundle.compiled()}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    done = ran(tmp_path / bundle.PROGRAM, "--version", XDG_CACHE_HOME="/nowhere")
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
+
+
+@pytest.mark.parametrize("count", [0, 1, 27, 28, 29, 120])
+def test_images_of_many_files(count: int) -> None:
+    """A directory longer than a sector: no entry crosses the end of one."""
+    files = {f"folder/{'n' * 30}{number}.so": bytes(number) for number in range(count)}
+    files |= {"one.pyz": b"x" * 2048, "two": b"y" * 2049}
+    assert files_of(iso.image("LABEL", files)) == files
+
+
+@pytest.mark.parametrize("name", ["Upper", "a/b/c"])
+def test_names_that_an_image_cannot_have(name: str) -> None:
+    with pytest.raises(ValueError, match="not a name for this image"):
+        iso.image("LABEL", {name: b""})
