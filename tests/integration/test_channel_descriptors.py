@@ -158,11 +158,18 @@ def test_abort_of_each_end(channels: Channels, accepted_first: bool) -> None:
             one.close()
 
 
-def test_an_end_before_an_abort_is_an_end(ends: tuple[Stream, Stream]) -> None:
+@pytest.mark.parametrize("was_seen", [True, False])
+def test_an_end_before_an_abort_is_taken_back(ends: tuple[Stream, Stream], was_seen: bool) -> None:
     one, other = ends
+    one.send(b"last")
     one.shutdown(socket.SHUT_WR)
+    if was_seen:
+        assert [other.recv(10), other.recv(10)] == [b"last", b""]
     one.abort()
-    assert other.recv(1) == b""
+    if not was_seen:
+        assert other.recv(10) == b"last"
+    with pytest.raises(ConnectionResetError):
+        other.recv(1)
     with pytest.raises(BrokenPipeError):
         other.send(b"x")
 

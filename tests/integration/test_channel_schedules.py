@@ -201,7 +201,7 @@ NEEDED = {
         "stream_look: whether an end is gone comes first": "both-ways",
         "stream_look: epoch 2": "a-caller-dies",
         "stream_look: epoch 3": "used-again",
-        "stream_abort: epoch": "a-removed-acceptor-lives",
+        "stream_free: epoch": "a-removed-acceptor-lives",
         "stream_close: epoch": "used-again",
         "wake_readers: full fence": "one-way",
         "sleep_begin: full fence": "two-listeners",

@@ -120,14 +120,21 @@ def give_up(sock: socket.socket, other: socket.socket) -> None:
     reset(sock)
 
 
+@pytest.mark.parametrize("half_closed", [False, True])
 @pytest.mark.parametrize("unix", [False, True])
-def test_resets_beside_a_socket_that_takes_nothing(place: tuple[Path, str], unix: bool) -> None:
+def test_resets_beside_a_socket_that_takes_nothing(
+    place: tuple[Path, str], unix: bool, half_closed: bool
+) -> None:
     """Of either side: who gives up frees the connection, although the other one is stopped."""
-    with own_pair(place, f"stopped-{unix}", "--connections", 4, unix=unix) as pair:
+    name = f"stopped-{unix}-{half_closed}"
+    with own_pair(place, name, "--connections", 4, unix=unix) as pair:
         with contextlib.ExitStack() as stack:
             ends = [stack.enter_context(pair.joined()) for _ in range(4)]
             for number, (near, far) in enumerate(ends):
-                fill(near if number < 2 else far)
+                gives_up = near if number < 2 else far
+                fill(gives_up)
+                if half_closed:
+                    gives_up.shutdown(socket.SHUT_WR)
             began = time.monotonic()
             for near, far in ends[:2]:
                 give_up(near, far)

@@ -9705,7 +9705,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_abort, "Close at once, so that the other end sees a reset instead of an end.\n\n        Its calls raise ConnectionResetError after what was sent before. If this end was shut down\n        for sending, the other one sees no reset: it has seen the end. May be called twice, and\n        after `close`.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_abort, "Close at once, so that the other end sees a reset instead of an end.\n\n        Its calls raise ConnectionResetError after what was sent before, also if this end was shut\n        down for sending: that is taken back, unless the other one has received the end already. May\n        be called twice, and after `close`.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort = {"abort", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_abort};
 static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -9759,7 +9759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
       /*try:*/ {
 
         /* "ivshmem/channel/streams.pyx":298
- *         after `close`.
+ *         be called twice, and after `close`.
  *         """
  *         self.aborting = True             # <<<<<<<<<<<<<<
  *         self.close()

@@ -291,9 +291,9 @@ cdef class Stream(ChannelEnd):
     def abort(self):
         """Close at once, so that the other end sees a reset instead of an end.
 
-        Its calls raise ConnectionResetError after what was sent before. If this end was shut down
-        for sending, the other one sees no reset: it has seen the end. May be called twice, and
-        after `close`.
+        Its calls raise ConnectionResetError after what was sent before, also if this end was shut
+        down for sending: that is taken back, unless the other one has received the end already. May
+        be called twice, and after `close`.
         """
         self.aborting = True
         self.close()

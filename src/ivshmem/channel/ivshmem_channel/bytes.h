@@ -473,9 +473,8 @@ static inline void ivshmem_stream_beat(struct ivshmem_stream *stream)
     ivshmem_stream_wake(stream);
 }
 
-/* Free one's own end. The other one finds it closed. Unless this end has said that it sends no more,
- * that is a reset: after what was sent comes IVSHMEM_CLOSED. */
-static inline void ivshmem_stream_abort(struct ivshmem_stream *stream)
+/* Free one's own end. The other one finds it closed. */
+static inline void ivshmem_stream_free(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
     uint64_t at = ivshmem_end_owner_at(channel, stream->connection, stream->end);
@@ -490,6 +489,15 @@ static inline void ivshmem_stream_abort(struct ivshmem_stream *stream)
     ivshmem_stream_wake(stream);
 }
 
+/* Close by a reset: after what was sent, the other end gets IVSHMEM_CLOSED. That this end sends no
+ * more is taken back, if it was said; the other one may have seen that already. */
+static inline void ivshmem_stream_abort(struct ivshmem_stream *stream)
+{
+    stream->sends_no_more = 0;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_free(stream);
+}
+
 /* Close. What was sent can still be received, also by a listener that accepts later; unless no
  * process listens now. */
 static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
@@ -501,7 +509,7 @@ static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
     uint64_t closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
     ivshmem_stream_shutdown(stream, 1, 1);
     if (stream->end == 1) {
-        ivshmem_stream_abort(stream);
+        ivshmem_stream_free(stream);
         return;
     }
     if (!ivshmem_exchange(&channel->area.memory, channel->at + at, mine, closing))
