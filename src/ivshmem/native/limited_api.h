@@ -10,6 +10,7 @@
 
 #define Py_LIMITED_API 0x030B0000 /* declares the buffer protocol */
 #include <Python.h>
+#include <string.h>
 #undef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000 /* what Cython reads */
 
