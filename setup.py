@@ -4,10 +4,10 @@ Where Cython is importable the C files are generated afresh, so that a newer Cyt
 release to a newer Python; where it is not, the committed C files serve, and a C compiler is
 enough.
 
-The modules fit CPython 3.10 and all newer ones ("abi3"), so that one wheel is enough, and guests
-can run what the host has. The environment variable IVSHMEM_ABI3=0 builds for this CPython alone.
-That is always done with 3.10, whose headers lack what is needed, and with one without a GIL.
-bench/README.md says what it costs.
+The modules fit the CPython that builds them. With IVSHMEM_ABI3=1 in the environment they fit 3.10
+and all newer ones ("abi3"), so that one wheel is enough, and guests can run what the host has:
+`make wheels` does that. 3.10, whose headers lack what is needed, and an interpreter without a GIL
+build for themselves in any case. bench/README.md says what it costs.
 """
 
 import glob
@@ -48,7 +48,7 @@ ABI3 = (
     sys.version_info >= (3, 11)
     and sys.implementation.name == "cpython"
     and not sysconfig.get_config_var("Py_GIL_DISABLED")
-    and os.environ.get("IVSHMEM_ABI3") != "0"
+    and os.environ.get("IVSHMEM_ABI3") == "1"
 )
 
 

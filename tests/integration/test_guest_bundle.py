@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import pythons
 
 import ivshmem
 from ivshmem.cli import disk_image as iso
@@ -76,14 +75,6 @@ def test_a_program_runs_alone(bundles: Path, home: Path) -> None:
     done = ran(file, "guest", "list", XDG_CACHE_HOME=str(home))
     assert "no ivshmem device in this machine" in done.stderr
     assert [module.stat().st_ino for module in unpacked(home)] == before  # unpacked once
-
-
-def test_the_oldest_python_runs_it(bundles: Path, home: Path) -> None:
-    oldest = pythons.oldest()
-    if oldest is None or bundle.fits():
-        pytest.skip("this needs CPython 3.10, and modules for all versions")
-    done = ran(bundles / "ivshmem.pyz", "--version", python=oldest, XDG_CACHE_HOME=str(home))
-    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", ["guest", "channel", "connect", "forward", "doctor", "serve"])

@@ -254,7 +254,7 @@ LIBRARY = {
     ),
     "ivshmem.channel": (
         "channel memory native peer protocol system",
-        "dataclasses hashlib inspect pathlib random threading typing urllib",
+        "dataclasses hashlib inspect pathlib random threading typing urllib zlib",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The modules fit the oldest CPython, and what `make wheels` makes fits it too.
+"""The modules that `make wheels` makes fit the oldest CPython.
 
 They are built for the limited API of CPython 3.10, and take some functions beside it that 3.10 has:
 src/ivshmem/native/limited_api.h says which. A function that 3.10 lacks would make `import` fail
@@ -7,21 +7,21 @@ there, on a machine where nobody can see this test.
 
 from __future__ import annotations
 
-import importlib.machinery
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 from support import pythons
 
-import ivshmem
+HOME = Path(__file__).parents[2]
 
-PACKAGE = Path(ivshmem.__file__).parent
+pytestmark = pytest.mark.nightly  # it builds all modules
 
 OLDER = """
 import sys
@@ -47,22 +47,32 @@ print(os.path.realpath(sys.executable), *[library] * (not library.endswith(".a")
 """
 
 
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.so"))
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built as a wheel is."""
+    if sys.version_info < (3, 11) or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("this CPython builds modules for itself alone")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(HOME / name, folder)
+    for name in ("src", "systemd"):
+        shutil.copytree(HOME / name, folder / name, ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", "made", "."]
+    flags = {"IVSHMEM_ABI3": "1", "CFLAGS": "-g0", "LDFLAGS": "-s -Wl,-z,noseparate-code"}
+    subprocess.run(command, cwd=folder, check=True, timeout=600, env={**os.environ, **flags})
+    (wheel,) = (folder / "made").glob("*-cp310-abi3-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "unpacked")
+    return folder / "unpacked" / "ivshmem"
 
 
-def is_abi3() -> bool:
-    return (
-        sys.version_info >= (3, 11)
-        and not sysconfig.get_config_var("Py_GIL_DISABLED")
-        and os.environ.get("IVSHMEM_ABI3") != "0"
-    )
+def modules(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.so"))
 
 
-def test_the_modules_say_whom_they_fit() -> None:
-    ending = ".abi3.so" if is_abi3() else importlib.machinery.EXTENSION_SUFFIXES[0]
-    assert modules()
-    assert [path.name for path in modules() if not path.name.endswith(ending)] == []
+def test_the_modules_say_whom_they_fit(package: Path) -> None:
+    assert modules(package)
+    assert [path.name for path in modules(package) if not path.name.endswith(".abi3.so")] == []
 
 
 def symbols(path: Path, kind: str) -> set[str]:
@@ -70,24 +80,21 @@ def symbols(path: Path, kind: str) -> set[str]:
     return {line.split()[-1] for line in listed.splitlines()}
 
 
-@pytest.mark.skipif(not is_abi3(), reason="the modules are for this CPython alone")
-def test_the_oldest_python_has_all_that_they_take(tmp_path: Path) -> None:
+def test_the_oldest_python_has_all_that_they_take(package: Path, tmp_path: Path) -> None:
     oldest = pythons.oldest()
     if oldest is None or not shutil.which("nm"):
         pytest.skip("this needs CPython 3.10, and nm (Debian: binutils)")
-    copy = tmp_path / "ivshmem"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [oldest, "-c", OLDER, str(tmp_path), str(tmp_path / "socket")]
+    command = [oldest, "-c", OLDER, str(package.parent), str(tmp_path / "socket")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("hello 3 10\n", "")
     files = subprocess.check_output([oldest, "-c", FILES], text=True).split()
     has = {name for file in files for name in symbols(Path(file), "defined")}
     assert "PyObject_VectorcallDict" in has
-    takes = {name for path in modules() for name in symbols(path, "undefined")}
+    takes = {name for path in modules(package) for name in symbols(path, "undefined")}
     assert {name for name in takes if name.startswith(("Py", "_Py"))} - has == set()
 
 
-def test_the_modules_take_nothing_newer_than_a_wheel_may() -> None:
+def test_the_modules_take_nothing_newer_than_a_wheel_may(package: Path) -> None:
     """manylinux_2_28: glibc 2.28."""
     if not shutil.which("nm"):
         pytest.skip("this needs nm (Debian: binutils)")
@@ -95,10 +102,25 @@ def test_the_modules_take_nothing_newer_than_a_wheel_may() -> None:
         pytest.skip("a wheel is built where the C library is older: Debian 12 has 2.36")
     versions = {
         name.partition("@GLIBC_")[2]
-        for path in modules()
+        for path in modules(package)
         for name in symbols(path, "undefined")
         if "@GLIBC_" in name
     }
     numbers = {tuple(map(int, version.split("."))) for version in versions}
     assert numbers
     assert max(numbers) <= (2, 28), versions
+
+
+def test_the_oldest_python_runs_its_bundle(package: Path, tmp_path: Path) -> None:
+    """`ivshmem guest bundle` of such a package fits a guest with any Python."""
+    oldest = pythons.oldest()
+    if oldest is None:
+        pytest.skip("this needs CPython 3.10")
+    file = tmp_path / "ivshmem.pyz"
+    make = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", str(file)]
+    subprocess.run(make, check=True, env={**os.environ, "PYTHONPATH": str(package.parent)})
+    assert file.stat().st_size <= 1 << 20
+    run = [oldest, "-I", "-S", str(file), "--version"]
+    folder = {**os.environ, "IVSHMEM_UNPACK": str(tmp_path / "unpacked")}
+    assert subprocess.check_output(run, text=True, env=folder).startswith("ivshmem ")
+    assert sum(each.stat().st_size for each in (tmp_path / "unpacked").rglob("*.so")) <= 2 << 20

@@ -85,7 +85,7 @@ def _folder(bundle: str, made: dict[str, str]) -> str:
     if made["python"] not in ("", version):
         _fail(
             f"this bundle is for Python {made['python']}, and this is {version}: make the bundle"
-            " with a package that was built without IVSHMEM_ABI3=0, by Python 3.11 or newer"
+            " with a package from `make wheels`, whose modules fit Python 3.10 and all newer ones"
         )
     beside = os.path.join(os.path.dirname(os.path.abspath(bundle)), BESIDE)
     if os.path.isdir(beside):
