@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, until
 
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Channels
@@ -79,3 +79,47 @@ def test_a_descriptor_that_is_watched(channels: Channels) -> None:
     assert select.select([fd], [], [], PATIENCE)[0]
     with pytest.raises(ClosedError, match="was removed"):
         reader.get(0)
+
+
+def calls(channels: Channels) -> dict[str, Callable[[], object]]:
+    """Of each kind: a call that does not wait, and would store into the channel's memory."""
+    found = ends(channels)
+    messages = channels.open("messages")
+    queue, value, requests = (channels.open(name) for name in ("queue", "value", "calls"))
+    writers: Any = [each.writer() for each in (messages, queue, value)]  # type: ignore[attr-defined]
+    caller = requests.caller()  # type: ignore[attr-defined]
+    connection = found["connection"][0]
+    connection.setblocking(False)
+    return {
+        "messages": lambda: writers[0].put(b"x", 0),
+        "queue": lambda: writers[1].put(b"x", 0),
+        "value": lambda: writers[2].put(b"x"),
+        "calls": lambda: caller.submit(b"x", 0),
+        "connection": lambda: connection.send(b"x"),
+    }
+
+
+def test_calls_that_do_not_wait(channels: Channels) -> None:
+    """Within a beat they stop storing into what is perhaps another channel's by now."""
+    every = calls(channels)
+    remove_all(channels)
+    for call in every.values():
+
+        def fails(call: Callable[[], object] = call) -> bool:
+            try:
+                call()
+            except ClosedError as error:
+                assert "was removed" in str(error)  # noqa: PT017 - others are passed on
+                return True
+            except (TimeoutError, BlockingIOError):
+                pass
+            return False
+
+        until(fails, "the channel was removed")
+    again = channels.create_messages("again", limit=8)
+    with again.reader() as reader, again.writer() as writer:
+        for call in every.values():
+            with pytest.raises(ClosedError, match="was removed"):
+                call()
+        writer.put(b"new")
+        assert reader.get(0) == b"new"

@@ -2592,6 +2592,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int removed;
   int copying;
 };
 
@@ -2878,7 +2879,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ivshmem/channel/ends.pyx":131
+/* "ivshmem/channel/ends.pyx":135
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3429,6 +3430,17 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 /* ExtTypeTest.proto */
 static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
 /* KeywordStringCheck.proto */
 static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
 
@@ -3448,17 +3460,6 @@ static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
         likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
         PyObject_Format(s, f))
 #endif
-
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyObjectFormatAndDecref.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -4024,6 +4025,7 @@ static int64_t (*__pyx_f_7ivshmem_6native_4spin_spin_of)(PyObject *); /*proto*/
 static int64_t __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 static int64_t __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE;
 static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.ends"
@@ -6433,7 +6435,114 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":139
+/* "ivshmem/channel/ends.pyx":131
+ * 
+ * 
+ * cdef object was_removed(str name):             # <<<<<<<<<<<<<<
+ *     return ClosedError(f"channel {name!r} was removed")
+ * 
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *__pyx_v_name) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("was_removed", 0);
+
+  /* "ivshmem/channel/ends.pyx":132
+ * 
+ * cdef object was_removed(str name):
+ *     return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
+  __pyx_t_6 = 20;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_9 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_9 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_8};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/ends.pyx":131
+ * 
+ * 
+ * cdef object was_removed(str name):             # <<<<<<<<<<<<<<
+ *     return ClosedError(f"channel {name!r} was removed")
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.ends.was_removed", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/ends.pyx":143
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6478,7 +6587,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":140
+  /* "ivshmem/channel/ends.pyx":144
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -6490,7 +6599,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/ends.pyx":139
+  /* "ivshmem/channel/ends.pyx":143
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6505,7 +6614,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":142
+/* "ivshmem/channel/ends.pyx":146
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6572,7 +6681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/ends.pyx":143
+  /* "ivshmem/channel/ends.pyx":147
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6581,16 +6690,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/ends.pyx":144
+  /* "ivshmem/channel/ends.pyx":148
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6605,7 +6714,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6614,14 +6723,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 143, __pyx_L1_error)
+  __PYX_ERR(0, 147, __pyx_L1_error)
 
-  /* "ivshmem/channel/ends.pyx":142
+  /* "ivshmem/channel/ends.pyx":146
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6642,7 +6751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":148
+/* "ivshmem/channel/ends.pyx":152
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6676,7 +6785,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/ends.pyx":151
+  /* "ivshmem/channel/ends.pyx":155
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -6688,16 +6797,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 155, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -6706,7 +6815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -6723,7 +6832,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":148
+  /* "ivshmem/channel/ends.pyx":152
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6743,12 +6852,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":153
+/* "ivshmem/channel/ends.pyx":157
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.has_place()
+ *         return self.open and not self.removed and self.membership.has_place()
 */
 
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
@@ -6756,10 +6865,10 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":155
+  /* "ivshmem/channel/ends.pyx":159
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.has_place()             # <<<<<<<<<<<<<<
+ *         return self.open and not self.removed and self.membership.has_place()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
 */
@@ -6767,6 +6876,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   } else {
 
     __pyx_t_1 = __pyx_v_self->open;
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_2 = (!__pyx_v_self->removed);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
     goto __pyx_L3_bool_binop_done;
   }
   __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->has_place(__pyx_v_self->membership);
@@ -6780,12 +6899,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":153
+  /* "ivshmem/channel/ends.pyx":157
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.has_place()
+ *         return self.open and not self.removed and self.membership.has_place()
 */
 
   /* function exit code */
@@ -6794,8 +6913,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":157
- *         return self.open and self.membership.has_place()
+/* "ivshmem/channel/ends.pyx":161
+ *         return self.open and not self.removed and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -6821,34 +6940,34 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/ends.pyx":158
+  /* "ivshmem/channel/ends.pyx":162
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
- *         return self.membership.check()
+ *         if self.removed:
 */
   __pyx_t_1 = (!__pyx_v_self->open);
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/ends.pyx":159
+    /* "ivshmem/channel/ends.pyx":163
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
- *         return self.membership.check()
- * 
+ *         if self.removed:
+ *             raise was_removed(self.name)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -6864,7 +6983,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 159, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -6886,37 +7005,71 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 159, __pyx_L1_error)
+    __PYX_ERR(0, 163, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":158
+    /* "ivshmem/channel/ends.pyx":162
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+ *         if self.removed:
+*/
+  }
+
+  /* "ivshmem/channel/ends.pyx":164
+ *         if not self.open:
+ *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+ *         if self.removed:             # <<<<<<<<<<<<<<
+ *             raise was_removed(self.name)
+ *         return self.membership.check()
+*/
+  if (unlikely(__pyx_v_self->removed)) {
+
+    /* "ivshmem/channel/ends.pyx":165
+ *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+ *         if self.removed:
+ *             raise was_removed(self.name)             # <<<<<<<<<<<<<<
+ *         return self.membership.check()
+ * 
+*/
+    __pyx_t_2 = __pyx_v_self->name;
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 165, __pyx_L1_error)
+
+    /* "ivshmem/channel/ends.pyx":164
+ *         if not self.open:
+ *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+ *         if self.removed:             # <<<<<<<<<<<<<<
+ *             raise was_removed(self.name)
  *         return self.membership.check()
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":160
- *         if not self.open:
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+  /* "ivshmem/channel/ends.pyx":166
+ *         if self.removed:
+ *             raise was_removed(self.name)
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":157
- *         return self.open and self.membership.has_place()
+  /* "ivshmem/channel/ends.pyx":161
+ *         return self.open and not self.removed and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -6939,7 +7092,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":164
+/* "ivshmem/channel/ends.pyx":170
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6950,7 +7103,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":166
+  /* "ivshmem/channel/ends.pyx":172
  *     cdef int attempt(self) except? -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -6963,7 +7116,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":164
+  /* "ivshmem/channel/ends.pyx":170
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6977,7 +7130,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":168
+/* "ivshmem/channel/ends.pyx":174
  *         return 0
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6988,7 +7141,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":170
+  /* "ivshmem/channel/ends.pyx":176
  *     cdef int begin_sleep(self) except? -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -7001,7 +7154,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":168
+  /* "ivshmem/channel/ends.pyx":174
  *         return 0
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -7015,7 +7168,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":172
+/* "ivshmem/channel/ends.pyx":178
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7029,7 +7182,7 @@ static void __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_sleep(CYTHON_UNUSED
 
 }
 
-/* "ivshmem/channel/ends.pyx":175
+/* "ivshmem/channel/ends.pyx":181
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7046,7 +7199,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":177
+  /* "ivshmem/channel/ends.pyx":183
  *     cdef int one_awake(self) except -1:
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1             # <<<<<<<<<<<<<<
@@ -7055,7 +7208,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
 
-  /* "ivshmem/channel/ends.pyx":178
+  /* "ivshmem/channel/ends.pyx":184
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7067,7 +7220,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":180
+    /* "ivshmem/channel/ends.pyx":186
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7090,17 +7243,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/ends.pyx":181
+      /* "ivshmem/channel/ends.pyx":187
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:
  *                 self.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.end_sleep()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 181, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":180
+      /* "ivshmem/channel/ends.pyx":186
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7110,7 +7263,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
       goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/ends.pyx":183
+    /* "ivshmem/channel/ends.pyx":189
  *                 self.begin_sleep()
  *             else:
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -7122,7 +7275,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     }
     __pyx_L4:;
 
-    /* "ivshmem/channel/ends.pyx":178
+    /* "ivshmem/channel/ends.pyx":184
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7131,7 +7284,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":184
+  /* "ivshmem/channel/ends.pyx":190
  *             else:
  *                 self.end_sleep()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7144,7 +7297,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":175
+  /* "ivshmem/channel/ends.pyx":181
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7161,7 +7314,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":186
+/* "ivshmem/channel/ends.pyx":192
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7174,7 +7327,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/ends.pyx":188
+  /* "ivshmem/channel/ends.pyx":194
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -7192,7 +7345,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":186
+  /* "ivshmem/channel/ends.pyx":192
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7207,7 +7360,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":190
+/* "ivshmem/channel/ends.pyx":196
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7218,7 +7371,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":192
+  /* "ivshmem/channel/ends.pyx":198
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7231,7 +7384,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":190
+  /* "ivshmem/channel/ends.pyx":196
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7245,12 +7398,12 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":194
+/* "ivshmem/channel/ends.pyx":200
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
  *         with cython.critical_section(self):
- *             if self.usable():  # else another thread has closed it
+ *             if not self.usable():  # another thread has closed it
 */
 
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
@@ -7259,18 +7412,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
-  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/ends.pyx":195
+  /* "ivshmem/channel/ends.pyx":201
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()
+ *             if not self.usable():  # another thread has closed it
+ *                 return 0
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
@@ -7279,85 +7431,119 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":196
+        /* "ivshmem/channel/ends.pyx":202
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
- *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
- *                 self.restore()
- *                 if self.awaited and not ivshmem_is_there(&self.channel):
+ *             if not self.usable():  # another thread has closed it             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if ivshmem_is_there(&self.channel):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->usable(__pyx_v_self);
+        __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->usable(__pyx_v_self));
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":197
+          /* "ivshmem/channel/ends.pyx":203
  *         with cython.critical_section(self):
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()             # <<<<<<<<<<<<<<
- *                 if self.awaited and not ivshmem_is_there(&self.channel):
- *                     self.membership.kick_all()
+ *             if not self.usable():  # another thread has closed it
+ *                 return 0             # <<<<<<<<<<<<<<
+ *             if ivshmem_is_there(&self.channel):
+ *                 return self.restore()
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L4_error)
+          {
 
-
-          /* "ivshmem/channel/ends.pyx":198
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()
- *                 if self.awaited and not ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
- *                     self.membership.kick_all()
- *             return 0
-*/
-          __pyx_t_4 = (__pyx_v_self->awaited != 0);
-
-          if (__pyx_t_4) {
-
-          } else {
-
-            __pyx_t_2 = __pyx_t_4;
-
-            goto __pyx_L8_bool_binop_done;
+            __pyx_r = 0;
           }
-          __pyx_t_4 = (!(ivshmem_is_there((&__pyx_v_self->channel)) != 0));
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
 
-
-          __pyx_t_2 = __pyx_t_4;
-
-          __pyx_L8_bool_binop_done:;
-          if (__pyx_t_2) {
-
-
-            /* "ivshmem/channel/ends.pyx":199
- *                 self.restore()
- *                 if self.awaited and not ivshmem_is_there(&self.channel):
- *                     self.membership.kick_all()             # <<<<<<<<<<<<<<
- *             return 0
- * 
-*/
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L4_error)
-
-
-            /* "ivshmem/channel/ends.pyx":198
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()
- *                 if self.awaited and not ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
- *                     self.membership.kick_all()
- *             return 0
-*/
-          }
-
-          /* "ivshmem/channel/ends.pyx":196
+          /* "ivshmem/channel/ends.pyx":202
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
- *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
- *                 self.restore()
- *                 if self.awaited and not ivshmem_is_there(&self.channel):
+ *             if not self.usable():  # another thread has closed it             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if ivshmem_is_there(&self.channel):
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":200
- *                 if self.awaited and not ivshmem_is_there(&self.channel):
- *                     self.membership.kick_all()
+        /* "ivshmem/channel/ends.pyx":204
+ *             if not self.usable():  # another thread has closed it
+ *                 return 0
+ *             if ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
+ *                 return self.restore()
+ *             self.removed = True
+*/
+        __pyx_t_2 = (ivshmem_is_there((&__pyx_v_self->channel)) != 0);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/ends.pyx":205
+ *                 return 0
+ *             if ivshmem_is_there(&self.channel):
+ *                 return self.restore()             # <<<<<<<<<<<<<<
+ *             self.removed = True
+ *             if self.awaited:
+*/
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L4_error)
+          {
+            __pyx_r = __pyx_t_3;
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/ends.pyx":204
+ *             if not self.usable():  # another thread has closed it
+ *                 return 0
+ *             if ivshmem_is_there(&self.channel):             # <<<<<<<<<<<<<<
+ *                 return self.restore()
+ *             self.removed = True
+*/
+        }
+
+        /* "ivshmem/channel/ends.pyx":206
+ *             if ivshmem_is_there(&self.channel):
+ *                 return self.restore()
+ *             self.removed = True             # <<<<<<<<<<<<<<
+ *             if self.awaited:
+ *                 self.membership.kick_all()
+*/
+        __pyx_v_self->removed = 1;
+
+        /* "ivshmem/channel/ends.pyx":207
+ *                 return self.restore()
+ *             self.removed = True
+ *             if self.awaited:             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
+ *             return 0
+*/
+        __pyx_t_2 = (__pyx_v_self->awaited != 0);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/ends.pyx":208
+ *             self.removed = True
+ *             if self.awaited:
+ *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *             return 0
+ * 
+*/
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/ends.pyx":207
+ *                 return self.restore()
+ *             self.removed = True
+ *             if self.awaited:             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
+ *             return 0
+*/
+        }
+
+        /* "ivshmem/channel/ends.pyx":209
+ *             if self.awaited:
+ *                 self.membership.kick_all()
  *             return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int restore(self) except -1:
@@ -7370,12 +7556,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":195
+      /* "ivshmem/channel/ends.pyx":201
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
- *             if self.usable():  # else another thread has closed it
- *                 self.restore()
+ *             if not self.usable():  # another thread has closed it
+ *                 return 0
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -7392,12 +7578,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":194
+  /* "ivshmem/channel/ends.pyx":200
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
  *         with cython.critical_section(self):
- *             if self.usable():  # else another thread has closed it
+ *             if not self.usable():  # another thread has closed it
 */
 
   /* function exit code */
@@ -7411,7 +7597,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":202
+/* "ivshmem/channel/ends.pyx":211
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7422,7 +7608,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":204
+  /* "ivshmem/channel/ends.pyx":213
  *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7435,7 +7621,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":202
+  /* "ivshmem/channel/ends.pyx":211
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7449,7 +7635,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":206
+/* "ivshmem/channel/ends.pyx":215
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7460,7 +7646,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":208
+  /* "ivshmem/channel/ends.pyx":217
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7473,7 +7659,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":206
+  /* "ivshmem/channel/ends.pyx":215
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7487,7 +7673,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":210
+/* "ivshmem/channel/ends.pyx":219
  *         return 0
  * 
  *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
@@ -7501,26 +7687,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_there", 0);
 
-  /* "ivshmem/channel/ends.pyx":212
+  /* "ivshmem/channel/ends.pyx":221
  *     cdef int check_there(self) except -1:
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
- *             raise ClosedError(f"channel {self.name!r} was removed")
+ *             raise was_removed(self.name)
  *         return 0
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_2 = (!(ivshmem_is_there((&((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1)->channel)) != 0));
 
@@ -7528,70 +7707,34 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/ends.pyx":213
+    /* "ivshmem/channel/ends.pyx":222
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):
- *             raise ClosedError(f"channel {self.name!r} was removed")             # <<<<<<<<<<<<<<
+ *             raise was_removed(self.name)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 213, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 213, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_6[1] = __pyx_t_5;
-    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
-    __pyx_t_7 = 20;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
-    #endif
-    __pyx_t_8 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
-    #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 213, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_10 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_10 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __pyx_t_1 = __pyx_v_self->name;
+    __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 213, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 222, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":212
+    /* "ivshmem/channel/ends.pyx":221
  *     cdef int check_there(self) except -1:
  *         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
  *         if not ivshmem_is_there(&self.sleeper().channel):             # <<<<<<<<<<<<<<
- *             raise ClosedError(f"channel {self.name!r} was removed")
+ *             raise was_removed(self.name)
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":214
+  /* "ivshmem/channel/ends.pyx":223
  *         if not ivshmem_is_there(&self.sleeper().channel):
- *             raise ClosedError(f"channel {self.name!r} was removed")
+ *             raise was_removed(self.name)
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     # Waiting.
@@ -7602,7 +7745,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":210
+  /* "ivshmem/channel/ends.pyx":219
  *         return 0
  * 
  *     cdef int check_there(self) except -1:             # <<<<<<<<<<<<<<
@@ -7614,9 +7757,6 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.check_there", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -7625,7 +7765,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":218
+/* "ivshmem/channel/ends.pyx":227
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -7673,7 +7813,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":223
+  /* "ivshmem/channel/ends.pyx":232
  *         cdef int64_t n
  *         cdef int64_t wish
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -7682,7 +7822,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/ends.pyx":226
+  /* "ivshmem/channel/ends.pyx":235
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -7692,19 +7832,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":227
+  /* "ivshmem/channel/ends.pyx":236
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":228
+  /* "ivshmem/channel/ends.pyx":237
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -7714,7 +7854,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":229
+  /* "ivshmem/channel/ends.pyx":238
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -7723,7 +7863,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/ends.pyx":230
+  /* "ivshmem/channel/ends.pyx":239
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
@@ -7732,7 +7872,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/ends.pyx":231
+  /* "ivshmem/channel/ends.pyx":240
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -7744,33 +7884,33 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = 0;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 240, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_wish = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":232
+  /* "ivshmem/channel/ends.pyx":241
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":233
+  /* "ivshmem/channel/ends.pyx":242
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 242, __pyx_L1_error)
   __pyx_v_code = __pyx_t_5;
 
-  /* "ivshmem/channel/ends.pyx":234
+  /* "ivshmem/channel/ends.pyx":243
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7782,7 +7922,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":235
+    /* "ivshmem/channel/ends.pyx":244
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -7795,7 +7935,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":234
+    /* "ivshmem/channel/ends.pyx":243
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7804,7 +7944,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":236
+  /* "ivshmem/channel/ends.pyx":245
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -7813,7 +7953,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/ends.pyx":237
+  /* "ivshmem/channel/ends.pyx":246
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7830,7 +7970,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 246, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_2 != 0);
 
 
@@ -7841,7 +7981,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":238
+    /* "ivshmem/channel/ends.pyx":247
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7852,7 +7992,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":239
+      /* "ivshmem/channel/ends.pyx":248
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -7865,7 +8005,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 248, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -7873,7 +8013,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/ends.pyx":238
+      /* "ivshmem/channel/ends.pyx":247
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7882,7 +8022,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":240
+    /* "ivshmem/channel/ends.pyx":249
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -7894,7 +8034,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":241
+    /* "ivshmem/channel/ends.pyx":250
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, wish)             # <<<<<<<<<<<<<<
@@ -7903,7 +8043,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_v_wish);
 
-    /* "ivshmem/channel/ends.pyx":243
+    /* "ivshmem/channel/ends.pyx":252
  *             spinner.begin(&turn, 0, wish)
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):             # <<<<<<<<<<<<<<
@@ -7925,7 +8065,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v__ = __pyx_t_11;
 
-      /* "ivshmem/channel/ends.pyx":244
+      /* "ivshmem/channel/ends.pyx":253
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -7937,17 +8077,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":245
+        /* "ivshmem/channel/ends.pyx":254
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):
  *                     code = self.attempt()             # <<<<<<<<<<<<<<
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L1_error)
         __pyx_v_code = __pyx_t_5;
 
-        /* "ivshmem/channel/ends.pyx":246
+        /* "ivshmem/channel/ends.pyx":255
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7959,7 +8099,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":247
+          /* "ivshmem/channel/ends.pyx":256
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)             # <<<<<<<<<<<<<<
@@ -7968,7 +8108,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->won(__pyx_v_spinner, 0, 1, 0);
 
-          /* "ivshmem/channel/ends.pyx":248
+          /* "ivshmem/channel/ends.pyx":257
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
  *                         return code             # <<<<<<<<<<<<<<
@@ -7981,7 +8121,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/channel/ends.pyx":246
+          /* "ivshmem/channel/ends.pyx":255
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7990,7 +8130,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":249
+        /* "ivshmem/channel/ends.pyx":258
  *                         spinner.won(0, 1, False)
  *                         return code
  *                     break             # <<<<<<<<<<<<<<
@@ -7999,7 +8139,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         goto __pyx_L9_break;
 
-        /* "ivshmem/channel/ends.pyx":244
+        /* "ivshmem/channel/ends.pyx":253
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -8012,7 +8152,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
 
 
-    /* "ivshmem/channel/ends.pyx":237
+    /* "ivshmem/channel/ends.pyx":246
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -8021,7 +8161,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":250
+  /* "ivshmem/channel/ends.pyx":259
  *                         return code
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -8033,13 +8173,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = INT64_MAX;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 250, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 259, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_deadline = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":251
+  /* "ivshmem/channel/ends.pyx":260
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -8051,7 +8191,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":252
+    /* "ivshmem/channel/ends.pyx":261
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -8060,20 +8200,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/ends.pyx":253
+      /* "ivshmem/channel/ends.pyx":262
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         while True:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 253, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 262, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_5;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":252
+      /* "ivshmem/channel/ends.pyx":261
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -8082,7 +8222,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":254
+    /* "ivshmem/channel/ends.pyx":263
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -8095,7 +8235,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":251
+    /* "ivshmem/channel/ends.pyx":260
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -8104,7 +8244,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":255
+  /* "ivshmem/channel/ends.pyx":264
  *                 return self.arm()
  *             return code
  *         while True:             # <<<<<<<<<<<<<<
@@ -8113,7 +8253,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/channel/ends.pyx":256
+    /* "ivshmem/channel/ends.pyx":265
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8125,7 +8265,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":257
+      /* "ivshmem/channel/ends.pyx":266
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -8151,7 +8291,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":258
+        /* "ivshmem/channel/ends.pyx":267
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -8160,7 +8300,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/ends.pyx":257
+        /* "ivshmem/channel/ends.pyx":266
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -8170,7 +8310,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L17;
       }
 
-      /* "ivshmem/channel/ends.pyx":262
+      /* "ivshmem/channel/ends.pyx":271
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -8184,7 +8324,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/ends.pyx":263
+              /* "ivshmem/channel/ends.pyx":272
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -8194,7 +8334,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/ends.pyx":262
+            /* "ivshmem/channel/ends.pyx":271
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -8213,27 +8353,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L17:;
 
-      /* "ivshmem/channel/ends.pyx":266
+      /* "ivshmem/channel/ends.pyx":275
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
+      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":267
+      /* "ivshmem/channel/ends.pyx":276
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":256
+      /* "ivshmem/channel/ends.pyx":265
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8243,7 +8383,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/channel/ends.pyx":269
+    /* "ivshmem/channel/ends.pyx":278
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8269,7 +8409,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":270
+        /* "ivshmem/channel/ends.pyx":279
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)             # <<<<<<<<<<<<<<
@@ -8278,23 +8418,23 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
         __Pyx_INCREF(__pyx_t_1);
-        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 270, __pyx_L1_error)
+        __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 279, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_7));
         __pyx_t_7 = 0;
 
-        /* "ivshmem/channel/ends.pyx":271
+        /* "ivshmem/channel/ends.pyx":280
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()             # <<<<<<<<<<<<<<
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 271, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/ends.pyx":272
+        /* "ivshmem/channel/ends.pyx":281
  *                     wakeup = wakeup_of_thread(self.membership)
  *                     self.enter()
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()             # <<<<<<<<<<<<<<
@@ -8311,7 +8451,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_t_7 = 0;
         __pyx_v_self->slept_by = __pyx_t_11;
 
-        /* "ivshmem/channel/ends.pyx":269
+        /* "ivshmem/channel/ends.pyx":278
  *                 self.enter()
  *             else:
  *                 if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():             # <<<<<<<<<<<<<<
@@ -8321,7 +8461,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L25;
       }
 
-      /* "ivshmem/channel/ends.pyx":274
+      /* "ivshmem/channel/ends.pyx":283
  *                     self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
  *                 else:
  *                     wakeup = self.slept_on             # <<<<<<<<<<<<<<
@@ -8336,17 +8476,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L25:;
 
-      /* "ivshmem/channel/ends.pyx":275
+      /* "ivshmem/channel/ends.pyx":284
  *                 else:
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 275, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L1_error)
       __pyx_v_code = __pyx_t_5;
 
-      /* "ivshmem/channel/ends.pyx":276
+      /* "ivshmem/channel/ends.pyx":285
  *                     wakeup = self.slept_on
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -8355,7 +8495,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/ends.pyx":277
+      /* "ivshmem/channel/ends.pyx":286
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -8364,17 +8504,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":278
+        /* "ivshmem/channel/ends.pyx":287
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L31_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L31_error)
 
 
-        /* "ivshmem/channel/ends.pyx":279
+        /* "ivshmem/channel/ends.pyx":288
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8410,27 +8550,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":280
+          /* "ivshmem/channel/ends.pyx":289
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":281
+          /* "ivshmem/channel/ends.pyx":290
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.one_awake()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L31_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L31_error)
 
 
-          /* "ivshmem/channel/ends.pyx":279
+          /* "ivshmem/channel/ends.pyx":288
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8440,7 +8580,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/channel/ends.pyx":283
+      /* "ivshmem/channel/ends.pyx":292
  *                         self.enter()
  *                 finally:
  *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
@@ -8449,7 +8589,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*finally:*/ {
         /*normal exit:*/{
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
 
           goto __pyx_L32;
         }
@@ -8470,7 +8610,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           __Pyx_XGOTREF(__pyx_t_19);
           __pyx_t_5 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
-            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 283, __pyx_L40_error)
+            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L40_error)
 
           }
           __Pyx_XGIVEREF(__pyx_t_17);
@@ -8498,7 +8638,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_L32:;
       }
 
-      /* "ivshmem/channel/ends.pyx":284
+      /* "ivshmem/channel/ends.pyx":293
  *                 finally:
  *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -8507,7 +8647,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/ends.pyx":285
+      /* "ivshmem/channel/ends.pyx":294
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8526,7 +8666,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":286
+        /* "ivshmem/channel/ends.pyx":295
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -8539,7 +8679,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/ends.pyx":285
+        /* "ivshmem/channel/ends.pyx":294
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8550,17 +8690,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     __pyx_L16:;
 
-    /* "ivshmem/channel/ends.pyx":287
+    /* "ivshmem/channel/ends.pyx":296
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L1_error)
     __pyx_v_code = __pyx_t_12;
 
-    /* "ivshmem/channel/ends.pyx":288
+    /* "ivshmem/channel/ends.pyx":297
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8572,7 +8712,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":289
+      /* "ivshmem/channel/ends.pyx":298
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8583,7 +8723,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":290
+        /* "ivshmem/channel/ends.pyx":299
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -8592,7 +8732,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-        /* "ivshmem/channel/ends.pyx":289
+        /* "ivshmem/channel/ends.pyx":298
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8601,7 +8741,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":291
+      /* "ivshmem/channel/ends.pyx":300
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -8614,7 +8754,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":288
+      /* "ivshmem/channel/ends.pyx":297
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8623,7 +8763,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":292
+    /* "ivshmem/channel/ends.pyx":301
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8634,17 +8774,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":293
+      /* "ivshmem/channel/ends.pyx":302
  *                 return code
  *             if wakeup is not None:
  *                 self.check_there()  # what woke it was perhaps the beat             # <<<<<<<<<<<<<<
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code
 */
-      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":292
+      /* "ivshmem/channel/ends.pyx":301
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8653,7 +8793,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":294
+    /* "ivshmem/channel/ends.pyx":303
  *             if wakeup is not None:
  *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8679,7 +8819,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":295
+      /* "ivshmem/channel/ends.pyx":304
  *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -8692,7 +8832,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":294
+      /* "ivshmem/channel/ends.pyx":303
  *             if wakeup is not None:
  *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8702,7 +8842,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/channel/ends.pyx":218
+  /* "ivshmem/channel/ends.pyx":227
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
@@ -8736,7 +8876,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":297
+/* "ivshmem/channel/ends.pyx":306
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8753,47 +8893,47 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":300
+  /* "ivshmem/channel/ends.pyx":309
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.check_there()             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":301
+  /* "ivshmem/channel/ends.pyx":310
  *         cdef int code
  *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":302
+  /* "ivshmem/channel/ends.pyx":311
  *         self.check_there()
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 311, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":303
+  /* "ivshmem/channel/ends.pyx":312
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":304
+  /* "ivshmem/channel/ends.pyx":313
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8805,7 +8945,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":305
+    /* "ivshmem/channel/ends.pyx":314
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8814,20 +8954,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/ends.pyx":306
+    /* "ivshmem/channel/ends.pyx":315
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 315, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":304
+    /* "ivshmem/channel/ends.pyx":313
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8836,7 +8976,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":307
+  /* "ivshmem/channel/ends.pyx":316
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -8849,7 +8989,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":297
+  /* "ivshmem/channel/ends.pyx":306
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8867,7 +9007,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":309
+/* "ivshmem/channel/ends.pyx":318
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8939,17 +9079,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":321
+        /* "ivshmem/channel/ends.pyx":330
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":322
+        /* "ivshmem/channel/ends.pyx":331
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8960,7 +9100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":323
+          /* "ivshmem/channel/ends.pyx":332
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -8973,7 +9113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -8981,7 +9121,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":322
+          /* "ivshmem/channel/ends.pyx":331
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8990,7 +9130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":324
+        /* "ivshmem/channel/ends.pyx":333
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9002,7 +9142,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":325
+          /* "ivshmem/channel/ends.pyx":334
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -9011,7 +9151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":326
+          /* "ivshmem/channel/ends.pyx":335
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
@@ -9020,7 +9160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/ends.pyx":327
+          /* "ivshmem/channel/ends.pyx":336
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9029,41 +9169,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-          /* "ivshmem/channel/ends.pyx":328
+          /* "ivshmem/channel/ends.pyx":337
  *             self.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":329
+          /* "ivshmem/channel/ends.pyx":338
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 329, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":330
+            /* "ivshmem/channel/ends.pyx":339
  *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":329
+            /* "ivshmem/channel/ends.pyx":338
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -9072,7 +9212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":324
+          /* "ivshmem/channel/ends.pyx":333
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9081,14 +9221,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":331
+        /* "ivshmem/channel/ends.pyx":340
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9103,7 +9243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":309
+      /* "ivshmem/channel/ends.pyx":318
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9142,7 +9282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":333
+/* "ivshmem/channel/ends.pyx":342
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9160,7 +9300,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":334
+  /* "ivshmem/channel/ends.pyx":343
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -9169,7 +9309,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9183,7 +9323,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":333
+  /* "ivshmem/channel/ends.pyx":342
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9203,7 +9343,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":338
+/* "ivshmem/channel/ends.pyx":347
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9224,19 +9364,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":341
+  /* "ivshmem/channel/ends.pyx":350
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             self.enter()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":342
+  /* "ivshmem/channel/ends.pyx":351
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9245,43 +9385,43 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 342, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 351, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":343
+        /* "ivshmem/channel/ends.pyx":352
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             sleeper.check_there()
  *             code = self.begin_sleep()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":344
+        /* "ivshmem/channel/ends.pyx":353
  *         with cython.critical_section(sleeper):
  *             self.enter()
  *             sleeper.check_there()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":345
+        /* "ivshmem/channel/ends.pyx":354
  *             self.enter()
  *             sleeper.check_there()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 345, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 354, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":346
+        /* "ivshmem/channel/ends.pyx":355
  *             sleeper.check_there()
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -9290,7 +9430,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-        /* "ivshmem/channel/ends.pyx":347
+        /* "ivshmem/channel/ends.pyx":356
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -9299,7 +9439,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-        /* "ivshmem/channel/ends.pyx":348
+        /* "ivshmem/channel/ends.pyx":357
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9308,27 +9448,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-        /* "ivshmem/channel/ends.pyx":349
+        /* "ivshmem/channel/ends.pyx":358
  *             sleeper.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":350
+        /* "ivshmem/channel/ends.pyx":359
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             return code != IVSHMEM_AGAIN
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":351
+        /* "ivshmem/channel/ends.pyx":360
  *             self.membership.hurry()
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9343,7 +9483,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":342
+      /* "ivshmem/channel/ends.pyx":351
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9365,7 +9505,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":338
+  /* "ivshmem/channel/ends.pyx":347
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9386,7 +9526,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":353
+/* "ivshmem/channel/ends.pyx":362
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9408,19 +9548,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* "ivshmem/channel/ends.pyx":358
+  /* "ivshmem/channel/ends.pyx":367
  *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":360
+  /* "ivshmem/channel/ends.pyx":369
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9429,13 +9569,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 360, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 369, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":362
+        /* "ivshmem/channel/ends.pyx":371
  *         with cython.critical_section(sleeper):
  *             nothing = (
  *                 sleeper.usable()             # <<<<<<<<<<<<<<
@@ -9453,14 +9593,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":363
+        /* "ivshmem/channel/ends.pyx":372
  *             nothing = (
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 363, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
 
@@ -9473,7 +9613,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":364
+        /* "ivshmem/channel/ends.pyx":373
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN
  *                 and ivshmem_is_there(&sleeper.channel)             # <<<<<<<<<<<<<<
@@ -9488,7 +9628,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         __pyx_L6_bool_binop_done:;
         __pyx_v_nothing = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":366
+        /* "ivshmem/channel/ends.pyx":375
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9500,17 +9640,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":367
+          /* "ivshmem/channel/ends.pyx":376
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             return nothing
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":366
+          /* "ivshmem/channel/ends.pyx":375
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9519,7 +9659,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":368
+        /* "ivshmem/channel/ends.pyx":377
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             return nothing             # <<<<<<<<<<<<<<
@@ -9534,7 +9674,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":360
+      /* "ivshmem/channel/ends.pyx":369
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9556,7 +9696,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":353
+  /* "ivshmem/channel/ends.pyx":362
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9577,7 +9717,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":370
+/* "ivshmem/channel/ends.pyx":379
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9596,19 +9736,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":372
+  /* "ivshmem/channel/ends.pyx":381
  *     cdef int end_waiting(self) except -1:
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":373
+  /* "ivshmem/channel/ends.pyx":382
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9617,13 +9757,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 373, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 382, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":374
+        /* "ivshmem/channel/ends.pyx":383
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9632,7 +9772,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":375
+        /* "ivshmem/channel/ends.pyx":384
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9641,17 +9781,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":376
+        /* "ivshmem/channel/ends.pyx":385
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":377
+        /* "ivshmem/channel/ends.pyx":386
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9666,7 +9806,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":373
+      /* "ivshmem/channel/ends.pyx":382
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9688,7 +9828,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":370
+  /* "ivshmem/channel/ends.pyx":379
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9708,7 +9848,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":379
+/* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9781,7 +9921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":382
+        /* "ivshmem/channel/ends.pyx":391
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9793,7 +9933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":383
+          /* "ivshmem/channel/ends.pyx":392
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9811,7 +9951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":382
+          /* "ivshmem/channel/ends.pyx":391
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9820,7 +9960,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":384
+        /* "ivshmem/channel/ends.pyx":393
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9829,7 +9969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":385
+        /* "ivshmem/channel/ends.pyx":394
  *             return
  *         self.open = False
  *         self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -9845,7 +9985,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         __Pyx_GOTREF((PyObject *)__pyx_v_self->slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":386
+        /* "ivshmem/channel/ends.pyx":395
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9854,7 +9994,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":387
+          /* "ivshmem/channel/ends.pyx":396
  *         self.wakeup = self.slept_on = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9863,7 +10003,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":386
+          /* "ivshmem/channel/ends.pyx":395
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9872,7 +10012,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":388
+        /* "ivshmem/channel/ends.pyx":397
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9898,27 +10038,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":389
+          /* "ivshmem/channel/ends.pyx":398
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":390
+          /* "ivshmem/channel/ends.pyx":399
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":388
+          /* "ivshmem/channel/ends.pyx":397
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9927,7 +10067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":391
+        /* "ivshmem/channel/ends.pyx":400
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9939,17 +10079,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":392
+          /* "ivshmem/channel/ends.pyx":401
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":391
+          /* "ivshmem/channel/ends.pyx":400
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9958,7 +10098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":393
+        /* "ivshmem/channel/ends.pyx":402
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -9967,7 +10107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 393, __pyx_L4_error)
+          __PYX_ERR(0, 402, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -9975,15 +10115,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 393, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 402, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 393, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":379
+      /* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10027,7 +10167,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":395
+/* "ivshmem/channel/ends.pyx":404
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10058,7 +10198,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":396
+  /* "ivshmem/channel/ends.pyx":405
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10067,7 +10207,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":397
+    /* "ivshmem/channel/ends.pyx":406
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10081,12 +10221,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":396
+    /* "ivshmem/channel/ends.pyx":405
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10095,7 +10235,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":395
+  /* "ivshmem/channel/ends.pyx":404
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10114,7 +10254,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":399
+/* "ivshmem/channel/ends.pyx":408
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10138,7 +10278,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":401
+  /* "ivshmem/channel/ends.pyx":410
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10152,17 +10292,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":402
+        /* "ivshmem/channel/ends.pyx":411
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":403
+        /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10178,17 +10318,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":404
+            /* "ivshmem/channel/ends.pyx":413
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":403
+            /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10202,7 +10342,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":405
+          /* "ivshmem/channel/ends.pyx":414
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -10212,12 +10352,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 405, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 414, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":406
+            /* "ivshmem/channel/ends.pyx":415
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10226,7 +10366,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":407
+            /* "ivshmem/channel/ends.pyx":416
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -10238,11 +10378,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 407, __pyx_L8_except_error)
+            __PYX_ERR(0, 416, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":403
+          /* "ivshmem/channel/ends.pyx":412
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10258,7 +10398,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":408
+        /* "ivshmem/channel/ends.pyx":417
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10267,7 +10407,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":409
+        /* "ivshmem/channel/ends.pyx":418
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10282,7 +10422,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":401
+      /* "ivshmem/channel/ends.pyx":410
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10304,7 +10444,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":399
+  /* "ivshmem/channel/ends.pyx":408
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10326,7 +10466,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":411
+/* "ivshmem/channel/ends.pyx":420
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10346,7 +10486,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":412
+  /* "ivshmem/channel/ends.pyx":421
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10360,7 +10500,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":413
+        /* "ivshmem/channel/ends.pyx":422
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10369,7 +10509,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":414
+        /* "ivshmem/channel/ends.pyx":423
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10405,27 +10545,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":415
+          /* "ivshmem/channel/ends.pyx":424
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":416
+          /* "ivshmem/channel/ends.pyx":425
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":414
+          /* "ivshmem/channel/ends.pyx":423
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10434,7 +10574,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":417
+        /* "ivshmem/channel/ends.pyx":426
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10443,14 +10583,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":418
+        /* "ivshmem/channel/ends.pyx":427
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10458,7 +10598,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":412
+      /* "ivshmem/channel/ends.pyx":421
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10480,7 +10620,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":411
+  /* "ivshmem/channel/ends.pyx":420
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10499,7 +10639,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":420
+/* "ivshmem/channel/ends.pyx":429
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10526,7 +10666,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":422
+  /* "ivshmem/channel/ends.pyx":431
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10535,7 +10675,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":423
+  /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10551,7 +10691,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":424
+      /* "ivshmem/channel/ends.pyx":433
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10559,9 +10699,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 424, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 424, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10581,12 +10721,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 424, __pyx_L3_error)
+        __PYX_ERR(0, 433, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10594,48 +10734,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 433, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":425
+      /* "ivshmem/channel/ends.pyx":434
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":426
+      /* "ivshmem/channel/ends.pyx":435
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 435, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 426, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 435, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":427
+        /* "ivshmem/channel/ends.pyx":436
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":426
+        /* "ivshmem/channel/ends.pyx":435
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10644,7 +10784,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":423
+      /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10662,7 +10802,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":428
+    /* "ivshmem/channel/ends.pyx":437
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10672,12 +10812,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 428, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 437, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":429
+      /* "ivshmem/channel/ends.pyx":438
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10691,12 +10831,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 429, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":430
+      /* "ivshmem/channel/ends.pyx":439
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10708,11 +10848,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 430, __pyx_L5_except_error)
+      __PYX_ERR(0, 439, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":423
+    /* "ivshmem/channel/ends.pyx":432
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10728,7 +10868,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":431
+  /* "ivshmem/channel/ends.pyx":440
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10741,7 +10881,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":420
+  /* "ivshmem/channel/ends.pyx":429
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10764,7 +10904,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":433
+/* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10820,7 +10960,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":434
+  /* "ivshmem/channel/ends.pyx":443
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10838,7 +10978,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":433
+  /* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10853,7 +10993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":436
+/* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10902,7 +11042,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":437
+  /* "ivshmem/channel/ends.pyx":446
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10916,12 +11056,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 437, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":436
+  /* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10943,7 +11083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":439
+/* "ivshmem/channel/ends.pyx":448
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10983,7 +11123,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":440
+  /* "ivshmem/channel/ends.pyx":449
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -11002,19 +11142,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":441
+  /* "ivshmem/channel/ends.pyx":450
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11031,7 +11171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 441, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11047,7 +11187,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":439
+  /* "ivshmem/channel/ends.pyx":448
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11798,11 +11938,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 135, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
@@ -11810,7 +11950,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
@@ -11820,8 +11960,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd, __pyx_base.__weakref__);
   #endif
@@ -12479,79 +12619,79 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":142
+  /* "ivshmem/channel/ends.pyx":146
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 142, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":309
+  /* "ivshmem/channel/ends.pyx":318
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":379
+  /* "ivshmem/channel/ends.pyx":388
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 379, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 379, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":433
+  /* "ivshmem/channel/ends.pyx":442
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":436
+  /* "ivshmem/channel/ends.pyx":445
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12604,7 +12744,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 402, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12796,27 +12936,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 142};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 146};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 379};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 442};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 436};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 445};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -14513,18 +14653,18 @@ static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
     return 0;
 }
 
-/* KeywordStringCheck */
-static int __Pyx_CheckKeywordStrings(PyObject *kw) {
-#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
-    CYTHON_UNUSED_VAR(kw);
-    return 0;
-#else
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
-    } else {
-        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
-    }
-    return 0;
-#endif
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
 }
 
 /* JoinPyUnicode */
@@ -14604,18 +14744,18 @@ bad:
 #endif
 }
 
-/* PyObjectFormatAndDecref */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
-    if (unlikely(!s)) return NULL;
-    if (likely(PyUnicode_CheckExact(s))) return s;
-    return __Pyx_PyObject_FormatAndDecref(s, f);
-}
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
-    PyObject *result;
-    if (unlikely(!s)) return NULL;
-    result = PyObject_Format(s, f);
-    Py_DECREF(s);
-    return result;
+/* KeywordStringCheck */
+static int __Pyx_CheckKeywordStrings(PyObject *kw) {
+#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
+    CYTHON_UNUSED_VAR(kw);
+    return 0;
+#else
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
+    } else {
+        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
+    }
+    return 0;
+#endif
 }
 
 /* GetException */

@@ -32,6 +32,7 @@ cdef class ChannelEnd(Dependent):
     cdef Spinner spinner
     cdef bint watched  # a program watches the descriptor
     cdef bint open
+    cdef bint removed  # the channel; the beat finds out
     cdef int copying  # copies without the GIL into memory of this end
 
     cdef bint usable(self) noexcept

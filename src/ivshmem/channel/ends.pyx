@@ -128,6 +128,10 @@ cdef Wakeup wakeup_of_thread(Membership membership):
     return wakeup
 
 
+cdef object was_removed(str name):
+    return ClosedError(f"channel {name!r} was removed")
+
+
 @cython.no_gc_clear
 cdef class ChannelEnd(Dependent):
     """One end of a channel: what all kinds of ends have in common.
@@ -152,11 +156,13 @@ cdef class ChannelEnd(Dependent):
 
     cdef bint usable(self) noexcept:
         """Whether this end may still be used: what ends a call asks this before it stores."""
-        return self.open and self.membership.has_place()
+        return self.open and not self.removed and self.membership.has_place()
 
     cdef int enter(self) except -1:
         if not self.open:
             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
+        if self.removed:
+            raise was_removed(self.name)
         return self.membership.check()
 
     # What each kind of end does in its own way.
@@ -193,10 +199,13 @@ cdef class ChannelEnd(Dependent):
 
     cdef int beat(self) except -1:
         with cython.critical_section(self):
-            if self.usable():  # else another thread has closed it
-                self.restore()
-                if self.awaited and not ivshmem_is_there(&self.channel):
-                    self.membership.kick_all()
+            if not self.usable():  # another thread has closed it
+                return 0
+            if ivshmem_is_there(&self.channel):
+                return self.restore()
+            self.removed = True
+            if self.awaited:
+                self.membership.kick_all()
             return 0
 
     cdef int restore(self) except -1:
@@ -210,7 +219,7 @@ cdef class ChannelEnd(Dependent):
     cdef int check_there(self) except -1:
         """Raise ClosedError if the channel was removed, by force: then nothing more comes."""
         if not ivshmem_is_there(&self.sleeper().channel):
-            raise ClosedError(f"channel {self.name!r} was removed")
+            raise was_removed(self.name)
         return 0
 
     # Waiting.

@@ -2620,6 +2620,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int removed;
   int copying;
 };
 
