@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -241,3 +242,62 @@ def test_a_stopped_server_is_waited_for(directory: Path, socket_path: str) -> No
         Path(socket_path).unlink()
         server.start()
         assert pair.far.process.poll() is None
+
+
+@pytest.mark.parametrize("side", ["near", "far"])
+def test_a_name_that_becomes_another_kind(directory: Path, socket_path: str, side: str) -> None:
+    """That forward pauses until the name is free again; others keep their connections."""
+    with served(socket_path), socket.create_server(("127.0.0.1", 0)) as target:
+        target.settimeout(PATIENCE)
+        at = f"tcp:127.0.0.1:{target.getsockname()[1]}"
+        ways = {"near": ("--listen", "tcp:127.0.0.1:0"), "far": ("--connect", at)}
+        other = "far" if side == "near" else "near"
+        both = Forward(
+            directory, "both", socket_path, *("q", *ways[side], "--connections", 2), "p", *ways[side]
+        )
+        both.says("p: (listens at|connects to)")
+        single = Forward(directory, "single", socket_path, "p", *ways[other])
+        single.says("listens at|connects to")
+        listens = both if side == "near" else single
+        port = int(listens.says(r"p: listens at tcp:\S+:([0-9]+)")[1])
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as near:
+            far, _ = target.accept()
+            with far, ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+                far.settimeout(PATIENCE)
+                with channel.open(client) as channels:
+                    both.process.send_signal(signal.SIGSTOP)  # or it would be quicker
+                    channels.remove("q", force=True)
+                    channels.create_messages("q", limit=8)
+                    both.process.send_signal(signal.SIGCONT)
+                    both.says("q: paused: channel 'q' is of kind messages, not bytes; it is tried")
+                    if side == "near":
+                        own = int(both.says(r"q: listens at tcp:\S+:([0-9]+)")[1])
+                        with socket.create_connection(("127.0.0.1", own), PATIENCE) as refused:
+                            assert is_reset(refused)
+                        both.says("is refused: the channel was removed")
+                    assert both.text().count("q: paused") == 1
+                    channels.remove("q")
+                    both.says("q: the channel is open again")
+                    found = channels.open("q", "bytes")
+                    assert isinstance(found, channel.Bytes)
+                    assert found.connections == 2
+                assert exchanged(near, far, 100_000, 11)
+        assert both.end() == single.end() == 0
+
+
+def test_a_new_server_where_a_name_is_of_another_kind(directory: Path, socket_path: str) -> None:
+    with served(socket_path) as server, joined_pair(directory, socket_path) as pair:
+        server.kill()
+        pair.near.process.send_signal(signal.SIGSTOP)
+        pair.far.process.send_signal(signal.SIGSTOP)
+        server.start()
+        with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+            with channel.open(client) as channels:
+                channels.create_messages("p", limit=8)
+                for side in (pair.near, pair.far):
+                    side.process.send_signal(signal.SIGCONT)
+                    side.says("p: paused: channel 'p' is of kind messages, not bytes")
+                channels.remove("p")
+        rejoined(pair.near, pair.far)
+        with pair.joined() as (near, far):
+            assert exchanged(near, far, 100_000, 12)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from ..channel import Bytes
 from ..channel.stream_poll import HAS_RESET, MAY_RECEIVE
 from ..channel.streams import Stream
-from ..errors import reason_of
+from ..errors import ChannelError, ClosedError, reason_of
 from ..system import late_logging
 from ..system.complaints import Complaints
 from ..system.uncopied import Uncopied
@@ -70,8 +70,16 @@ class Connecting(Uncopied):
             raise
         self._turns.due(self)
 
+    def has_lost_channel(self) -> bool:
+        """Whether the channel was removed, or nobody listens at it for another reason."""
+        return self._listener.closed or not self.channel._is_there()
+
     def open_again(self) -> None:
-        """Find or make the channel again, and listen: it was removed."""
+        """Find or make the channel again, and listen.
+
+        Raises:
+            ChannelError: it cannot be had now.
+        """
         self._stop_listening()
         self._listen()
 
@@ -95,9 +103,17 @@ class Connecting(Uncopied):
                 self._paused = True
                 self._turns.after(PAUSE, self._resume)
                 return False
-            stream = self._listener.accept(0)
-            if stream is None:
-                return self._sleeper.sleep(MAY_RECEIVE) != 0
+            try:
+                stream = self._listener.accept(0)
+                if stream is None:
+                    return self._sleeper.sleep(MAY_RECEIVE) != 0
+            except (ChannelError, ClosedError) as error:
+                if isinstance(error, ClosedError) and self.channel._is_there():
+                    raise
+                self._stop_listening()  # it is opened again soon
+                if isinstance(error, ChannelError):
+                    self.complain(f"{error}; it listens anew")
+                return False
             sock, self._spare = self._spare, None
             _Dial(self, stream, sock)
         return True

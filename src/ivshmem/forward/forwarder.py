@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..channel import Bytes, Channels
 from ..channel.streams import Stream
-from ..errors import ClosedError
+from ..errors import ChannelError, ClosedError
 from ..peer.endpoint import Endpoint
 from ..system import late_logging
 from ..system.uncopied import Uncopied
@@ -35,7 +35,8 @@ _LOOK = 1.0  # seconds between two looks whether a channel was removed
 class Forwarder(Uncopied):
     """All forwards of a process. A context manager; its end resets the connections.
 
-    A removed channel is found or made again.
+    A removed channel is found or made again. A forward whose channel cannot be had pauses until it
+    can, and the others continue.
 
     Args:
         endpoint: whose the channels are.
@@ -46,7 +47,9 @@ class Forwarder(Uncopied):
             be gone within a second or two.)
 
     Raises:
-        ChannelError, ChannelTypeError, OSError: one forward cannot begin; none has.
+        ChannelError, ChannelTypeError: one forward cannot begin; none has. If this one continues
+            another one, that forward pauses instead.
+        OSError: one forward cannot listen or connect; none has begun.
 
     Attributes:
         next: after `run`: another Forwarder is to continue in the channels of this endpoint, which
@@ -71,15 +74,22 @@ class Forwarder(Uncopied):
         self._silence = silence
         self._relays: dict[int, SocketRelay] = {}
         self._sides: dict[str, Listening | Connecting] = {}
+        self._paused: dict[str, ForwardConfig] = {}  # which have no side yet
+        self._said: dict[str, str] = {}  # why a forward pauses
         self._stdio: SocketRelay | None = None
         with contextlib.ExitStack() as undo:
             self.turns = Turns(channels)
             undo.callback(self.turns.close)
             undo.callback(self._reset_all)
+            undo.callback(self._close_sides)
             for config in configs:
-                side = self._begin(config)
-                undo.callback(side.close)
-                self._sides[config.name] = side
+                try:
+                    self._sides[config.name] = self._begin(config)
+                except ChannelError as error:
+                    if former is None:
+                        raise  # whoever starts it reads that
+                    self._paused[config.name] = config
+                    self._say_paused(config.name, error)
             self.turns.after(silence / 4, self._look_for_silent)
             self.turns.after(_LOOK, self._look_for_removed)
             if configs:
@@ -171,14 +181,49 @@ class Forwarder(Uncopied):
             if relay.channel in removed:
                 relay.reset("the channel was removed")
         for name, side in self._sides.items():
-            if not side.channel._is_there():
-                _log.warning("%s: the channel was removed: it is opened again", name)
-                side.open_again()
+            if side.has_lost_channel():
+                if name not in self._said:
+                    _log.warning("%s: the channel was removed: it is opened again", name)
+                if self._tried(name, side.open_again):
+                    _log.info("%s: the channel is open again", name)
+        for name, config in list(self._paused.items()):
+            self._tried(name, partial(self._begin_late, config))
         self.turns.after(_LOOK, self._look_for_removed)
+
+    def _begin_late(self, config: ForwardConfig) -> None:
+        self._sides[config.name] = self._begin(config)
+        del self._paused[config.name]
+
+    def _tried(self, name: str, act: Callable[[], object]) -> bool:
+        """Let a forward have its channel; whether it has it. Else the forward pauses."""
+        try:
+            act()
+        except (ChannelError, ClosedError) as error:
+            # ClosedError: another process has removed the channel at this moment.
+            if self._channels.closed or self._endpoint.closed:
+                raise
+            self._say_paused(name, error)
+            return False
+        self._said.pop(name, None)
+        return True
+
+    def _say_paused(self, name: str, error: Exception) -> None:
+        text = str(error)
+        if self._said.get(name) != text:
+            self._said[name] = text
+            _log.warning(
+                "%s: paused: %s; it is tried again each second, and other forwards continue",
+                name,
+                text,
+            )
 
     def _continue_at(self, endpoint: Endpoint) -> None:
         self.next = endpoint
         self.turns.stop()
+
+    def _close_sides(self) -> None:
+        for side in self._sides.values():
+            side.close()
 
     def _reset_all(self) -> None:
         for relay in list(self._relays.values()):

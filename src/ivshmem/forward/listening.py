@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ..channel import Bytes
 from ..channel.streams import Stream
-from ..errors import ChannelError, reason_of
+from ..errors import ChannelError, ClosedError, NoSuchChannel, reason_of
 from ..system import late_logging
 from ..system.complaints import Complaints
 from ..system.listener import Listener
@@ -133,7 +133,7 @@ class Listening(Uncopied):
         """Connect a socket through the channel; False: there is no room, and it is held."""
         self._held = None
         try:
-            stream = self.channel.connect()
+            stream = self._new_stream()
         except ConnectionRefusedError:
             reset(sock)
             self._complain(
@@ -143,9 +143,10 @@ class Listening(Uncopied):
             )
             return True
         except ChannelError as error:
-            if type(error) is not ChannelError:
+            if type(error) is not ChannelError:  # removed, or spoiled
                 reset(sock)
-                raise
+                self._complain(type(error).__name__, f"{who} is refused: {error}")
+                return True
             self._held = sock, who
             self._complain("full", f"{who} waits: {error}")
             self._pause()
@@ -155,6 +156,20 @@ class Listening(Uncopied):
             raise
         self._join(self.channel, stream, sock, who)
         return True
+
+    def _new_stream(self) -> Stream:
+        """Connect through the channel.
+
+        Raises:
+            NoSuchChannel: it was removed, even if another one has its name now.
+        """
+        if self.channel._is_there():
+            try:
+                return self.channel.connect()
+            except ClosedError:
+                if self.channel._is_there():
+                    raise
+        raise NoSuchChannel("the channel was removed")
 
     def _complain(self, kind: str, text: str) -> None:
         if self._complaints.is_due(kind):
@@ -175,8 +190,16 @@ class Listening(Uncopied):
                 self._turns.poller.watch_for(sock.fileno(), select.EPOLLIN)
             self._turns.due(self)
 
+    def has_lost_channel(self) -> bool:
+        """Whether the channel was removed."""
+        return not self.channel._is_there()
+
     def open_again(self) -> None:
-        """Find or make the channel again: it was removed."""
+        """Find or make the channel again: it was removed.
+
+        Raises:
+            ChannelError: it cannot be had now.
+        """
         self.channel = self._open_channel()
 
     def close(self) -> None:
