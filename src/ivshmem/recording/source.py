@@ -9,18 +9,18 @@ beginning, in its own order, up to the first record that is not whole.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from mcap.exceptions import EndOfFile, InvalidMagic, McapError
+from mcap.exceptions import EndOfFile, InvalidMagic, McapError, UnsupportedCompressionError
 from mcap.reader import SeekingReader
 from mcap.records import Channel, Chunk, McapRecord, Message, Schema
-from mcap.stream_reader import StreamReader, breakup_chunk
+from mcap.stream_reader import CRCValidationError, StreamReader, breakup_chunk
 
 from ..system.uncopied import Uncopied
-from ..text import plain
 from .facts import Topic, topic_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ _DAMAGES: tuple[type[Exception], ...] = (
     *(McapError, EndOfFile, InvalidMagic, struct.error),
     *(ValueError, RuntimeError, KeyError, EOFError, MemoryError, OverflowError),
 )
+_UNREADABLE: dict[type[OSError], str] = {
+    FileNotFoundError: "no such file: give the path of a recording",
+    IsADirectoryError: "it is a directory: give a file in that directory",
+}
 _LARGEST = 1 << 32  # bytes of a record, a damaged length excepted
 
 
@@ -68,12 +72,17 @@ class RecordedFile(Uncopied):
         self.start = self.end = self.messages = 0
         self.damage = ""
         self._schemas: dict[int, Schema] = {}
-        self._file = _Whole(open(path, "rb"))  # noqa: SIM115  (close() closes it)
+        try:
+            self._file = _Whole(open(path, "rb"))  # noqa: SIM115  (close() closes it)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise OSError(error.errno, _UNREADABLE[type(error)], path) from None
         try:
             summary = self._summary()
             self.indexed = summary is not None
             if summary is None or not self._take(summary):
                 self._scan(progress)
+                if self.damage:
+                    self.indexed = False  # topics and lengths behind the damage are not known
         except BaseException:
             self.close()
             raise
@@ -86,7 +95,9 @@ class RecordedFile(Uncopied):
             raise ValueError(f"{self.path}: not an MCAP file") from None
         try:
             summary = reader.get_summary()
-        except (OSError, *_DAMAGES):  # type: ignore[misc]  # OSError: it is shorter than a footer
+        except Exception as error:
+            if not _is_damage(error):
+                raise
             return None
         if summary is None or summary.statistics is None or not summary.chunk_indexes:
             return None
@@ -166,6 +177,7 @@ class RecordedFile(Uncopied):
             except Exception as error:
                 if not _is_damage(error):
                     raise
+                self._check_library(error)
                 self.damage = (
                     "it ends in the middle"
                     if isinstance(error, EndOfFile)
@@ -196,8 +208,19 @@ class RecordedFile(Uncopied):
             except Exception as error:
                 if not _is_damage(error):
                     raise
-                raise ValueError(f"{self.path}: damaged: {plain(str(error))}") from None
+                self._check_library(error)
+                raise ValueError(
+                    f"{self.path}: damaged: {_reason(error)}: replay an undamaged copy, or the part"
+                    " before the damage (--to)"
+                ) from None
             yield Recorded(channel.id, stored.log_time, stored.data)
+
+    def _check_library(self, error: Exception) -> None:
+        """Raise ValueError if the file is compressed with what is not installed."""
+        if isinstance(error, UnsupportedCompressionError):
+            # The library has the name of a package in its text.
+            package = "lz4" if "lz4" in str(error) else "zstandard"
+            raise ValueError(f"{self.path}: it is compressed: pip install {package}") from None
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -213,16 +236,29 @@ class RecordedFile(Uncopied):
 class _Whole:
     """A file whose `read` gives all bytes that are asked for, or raises EndOfFile.
 
-    The library takes what a short read brings for the whole record.
+    The library takes what a short read brings for the whole record. An offset that no file can have
+    is past the end, too. Every OSError has the path.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.seek, self.tell, self.fileno = file.seek, file.tell, file.fileno
-        self.close = file.close
+        self.tell, self.fileno, self.close = file.tell, file.fileno, file.close
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OverflowError, ValueError):  # more than 63 bits
+            raise EndOfFile from None
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise EndOfFile from None
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size) if size <= _LARGEST else b""
+        try:
+            data = self._file.read(size) if size <= _LARGEST else b""
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
         if len(data) < size:
             raise EndOfFile
         return data
@@ -234,3 +270,12 @@ class _Whole:
 def _is_damage(error: Exception) -> bool:
     """Whether an exception of the library says that the file is damaged."""
     return isinstance(error, _DAMAGES) or type(error).__name__ == "ZstdError"
+
+
+def _reason(error: Exception) -> str:
+    """Say what is damaged, for a person: the library's words are for programmers, or missing."""
+    if isinstance(error, EndOfFile):
+        return "its index or a record leads past the end of the file"
+    if isinstance(error, CRCValidationError):
+        return "a checksum is wrong"
+    return "its index or a record is not what the format allows"
