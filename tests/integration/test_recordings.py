@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from support.waiting import PATIENCE, until
 import ivshmem
 from ivshmem import Server, channel
 from ivshmem.channel import Channels
+from ivshmem.recording.facts import metadata_of
 from ivshmem.text import counted
 
 pytestmark = pytest.mark.usefixtures("commands")
@@ -344,6 +346,32 @@ def test_a_channel_that_does_not_fit(socket_path: str, channels: Channels, direc
         channels.remove(name)
 
 
+@pytest.mark.parametrize("how", ["no room", "another kind", "nothing to send"])
+def test_a_replay_that_fails_leaves_no_channels(
+    socket_path: str, channels: Channels, directory: Path, how: str
+) -> None:
+    """Which it made; those that were there stay."""
+    file = directory / "a.mcap"
+    foreign(file)
+    words = ["replay", str(file), "--speed", "inf"]
+    there: list[str] = []
+    if how == "no room":
+        with file.open("wb") as stream:
+            writer: Any = Writer(stream)
+            writer.start()
+            for i, data in enumerate((b"small", bytes(5 << 20))):
+                topic = writer.register_channel(f"topic {i}", "", 0)
+                writer.add_message(topic, i * SECOND, data, i * SECOND)
+            writer.finish()
+    elif how == "another kind":
+        there = ["/camera/front~3"]
+        channels.create_queue(there[0], limit=8)
+    else:
+        words += ["--from", "99", "--loop"]
+    assert commands.run("channel", words[0], "-S", socket_path, *words[1:]).returncode == 1
+    assert [info.name for info in channels.list()] == there
+
+
 # -- files that end early -------------------------------------------------------------------------
 
 
@@ -402,6 +430,65 @@ def test_a_file_that_was_cut(
         assert done.stderr.endswith(f": {counted(len(salvaged(file)), 'message')} sent\n")
 
 
+@pytest.mark.parametrize(
+    ("offset", "reason"),
+    [
+        (1 << 62, "its index or a record leads past the end of the file"),
+        ((1 << 64) - 1, "its index or a record leads past the end of the file"),
+        (None, "a checksum is wrong"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file(
+    socket_path: str, channels: Channels, directory: Path, offset: int | None, reason: str
+) -> None:
+    """One line says which file, and why; what comes before can be replayed.
+
+    Args:
+        offset: of the last chunk, in the index; None: a byte of the chunk is another one.
+    """
+    file = directory / "a.mcap"
+    with file.open("wb") as stream:
+        writer: Any = Writer(stream, chunk_size=100, compression=CompressionType.NONE)
+        writer.start()
+        metadata = metadata_of(channels.create_messages("log", limit=100)._facts)
+        topic = writer.register_channel("log", "", 0, metadata)
+        for i in range(10):
+            writer.add_message(topic, i * SECOND, bytes(80), i * SECOND)
+        writer.finish()
+    data = bytearray(file.read_bytes())
+    with file.open("rb") as stream:
+        summary = make_reader(stream).get_summary()
+    assert summary is not None
+    last = max(summary.chunk_indexes, key=lambda chunk: chunk.message_start_time)
+    if offset is None:
+        data[last.chunk_start_offset + 100] ^= 1
+    else:
+        at = data.rindex(struct.pack("<Q", last.chunk_start_offset))
+        data[at : at + 8] = struct.pack("<Q", offset)
+    file.write_bytes(data)
+    done = commands.run("channel", "replay", "-S", socket_path, str(file), "--speed", "inf")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ivshmem: {file}: damaged: {reason}: replay an undamaged copy, or the part before the"
+        " damage (--to)"
+    )
+    said = run_quietly(socket_path, "replay", str(file), "--speed", "inf", "--to", "5")
+    assert said == f"ivshmem: {file}: 6 messages sent\n"
+
+
+def test_a_damaged_file_of_others(socket_path: str, channels: Channels, directory: Path) -> None:
+    """What comes before is replayed, also if the file has an index."""
+    file = directory / "a.mcap"
+    foreign(file, chunk_size=9000, compression=CompressionType.NONE)
+    data = bytearray(file.read_bytes())
+    data[data.rindex(bytes([9]) * 5000)] ^= 1
+    file.write_bytes(data)
+    said = run_quietly(socket_path, "replay", str(file), "--speed", "inf")
+    assert re.search("a.mcap: it is damaged at byte [0-9]+: what comes before is replayed", said)
+    assert said.endswith(": 8 messages sent\n")
+
+
 @pytest.mark.skipif(not root, reason="mounts a file system: run it as root")
 def test_a_full_disk(socket_path: str, channels: Channels) -> None:
     """The recorder ends with one line, and the file has everything before."""
@@ -442,19 +529,29 @@ def test_wrong_use(socket_path: str, channels: Channels, directory: Path) -> Non
     assert said.startswith("channel 'strict' lets its readers only block")
     assert not file.exists()
     file.write_bytes(b"x")
-    assert run(socket_path, "record", str(file), status=1).startswith(f"{file}: file exists")
-    assert run(socket_path, "replay", str(file), status=1) == f"{file}: not an MCAP file"
-    said = run(socket_path, "replay", str(directory / "none"), status=1)
-    assert said.startswith(f"{directory}/none: no such file")
-    foreign(file)
     for words, said in (
+        (("record", str(file)), f"{file}: file exists: choose another path, or write over it with"
+         " --force"),
+        (("record", str(directory / "none" / "a")), f"{directory}/none/a: its directory does not"
+         " exist: create that first, or choose another path"),
+        (("record", str(directory), "--force"), f"{directory}: it is a directory: give a file in"
+         " that directory"),
+        (("replay", str(directory)), f"{directory}: it is a directory: give a file in that"
+         " directory"),
+        (("replay", str(directory / "none")), f"{directory}/none: no such file: give the path of a"
+         " recording"),
+    ):  # fmt: skip
+        assert run(socket_path, *words, status=1) == said
+    assert run(socket_path, "replay", str(file), status=1) == f"{file}: not an MCAP file"
+    foreign(file)
+    for more, said in (
         ("--from x", "'x': seconds from the start (12.5), or a time with its zone"),
         ("--from 3 --to 2", "--to is before --from"),
         ("--from 99 --loop", f"{file}: no message of these times"),
     ):
         assert (
             commands.run(
-                "channel", "replay", "-S", socket_path, str(file), "--speed", "inf", *words.split()
+                "channel", "replay", "-S", socket_path, str(file), "--speed", "inf", *more.split()
             )
             .stderr.splitlines()[-1]
             .startswith(f"ivshmem: {said}")

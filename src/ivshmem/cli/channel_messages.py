@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ from .. import channel
 from ..channel import records
 from ..channel.kinds import Calls, Messages, Queue, Value
 from ..channel.watching import Seen, Watcher
-from ..errors import ChannelError, ChannelTypeError, ServerLost
+from ..errors import ChannelError, ChannelExists, ChannelTypeError, IvshmemError, ServerLost
 from ..memory.sizes import parse_size
 from ..text import counted, plain
 from .arguments import positive, seconds
@@ -161,16 +162,27 @@ def _put(options: argparse.Namespace) -> int:
     if options.create == "value" and given != ["--limit"]:
         raise ValueError("--slots and --writers: a value has one writer, and no slots")
     with joined(options) as channels:
-        found = _created(channels, options) if options.create else opened(channels, options.name)
+        found, made = (
+            _created(channels, options)
+            if options.create
+            else (opened(channels, options.name), False)
+        )
         kind, found._type = found._type, None  # bytes, also of arrays, and without numpy
-        with found.writer() as writer:
-            for message in _given(options):
-                if kind is not None:
-                    kind.interface(len(message))  # or it says that the size is wrong
-                writer.put(message, options.timeout)
-            if isinstance(found, Messages) and writer.missed:
-                missed = counted(writer.missed, "message")
-                print(f"ivshmem: readers that were too slow missed {missed}", file=sys.stderr)
+        try:
+            with found.writer() as writer:
+                for message in _given(options):
+                    if kind is not None:
+                        kind.interface(len(message))  # or it says that the size is wrong
+                    writer.put(message, options.timeout)
+                    made = False  # it has something that a reader can take
+                if isinstance(found, Messages) and writer.missed:
+                    missed = counted(writer.missed, "message")
+                    print(f"ivshmem: readers that were too slow missed {missed}", file=sys.stderr)
+        except Exception:
+            if made:
+                with contextlib.suppress(IvshmemError):  # another process uses it already
+                    found.remove()
+            raise
     return 0
 
 
@@ -183,18 +195,39 @@ def _given(options: argparse.Namespace) -> Iterable[bytes]:
     return [sys.stdin.buffer.read()]
 
 
-def _created(channels: channel.Channels, options: argparse.Namespace) -> Messages | Queue | Value:
+def _created(
+    channels: channel.Channels, options: argparse.Namespace
+) -> tuple[Messages | Queue | Value, bool]:
+    """Return the channel that the options describe, and whether this call made it.
+
+    Raises:
+        ChannelExists, ChannelTypeError: there is one that is different.
+    """
     limit = parse_size(options.limit)
-    if options.create == "value":
-        return channels.create_value(options.name, limit=limit, exist_ok=True)
-    create = channels.create_queue if options.create == "queue" else channels.create_messages
-    return create(
-        options.name,
-        limit=limit,
-        slots=options.slots or 16,
-        writers=options.writers or 4,
-        exist_ok=True,
-    )
+
+    def create(*, exist_ok: bool) -> Messages | Queue | Value:
+        if options.create == "value":
+            return channels.create_value(options.name, limit=limit, exist_ok=exist_ok)
+        create = channels.create_queue if options.create == "queue" else channels.create_messages
+        return create(
+            options.name,
+            limit=limit,
+            slots=options.slots or 16,
+            writers=options.writers or 4,
+            exist_ok=exist_ok,
+        )
+
+    try:
+        return create(exist_ok=False), True
+    except ChannelExists:
+        pass
+    try:
+        return create(exist_ok=True), False
+    except (ChannelExists, ChannelTypeError) as error:
+        raise type(error)(
+            f"{error}: omit --create and its options to use it as it is, or remove it: `ivshmem"
+            f" channel rm {options.name}`"
+        ) from None
 
 
 def _cat(options: argparse.Namespace) -> int:

@@ -6,13 +6,14 @@ Knows: which channel a topic goes to, and when a message is due. Does not know: 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ..channel.kinds import Messages, Value
-from ..errors import ChannelTypeError, NoSuchChannel
+from ..errors import ChannelTypeError, IvshmemError, NoSuchChannel
 from ..memory.sizes import format_size
 from ..system.uncopied import Uncopied
 from ..text import plain
@@ -29,7 +30,8 @@ _SECOND = 1_000_000_000  # nanoseconds
 class Player(Uncopied):
     """Sends the messages of a file to channels; a context manager.
 
-    Channels that are missing are made from what the file says of them.
+    Channels that are missing are made from what the file says of them. After an error those that it
+    made, and sent nothing to, are removed.
 
     Args:
         channels: of the region.
@@ -67,8 +69,9 @@ class Player(Uncopied):
         self.position = since
         self._writers: dict[int, Writer] = {}
         self._by_name: dict[str, Writer] = {}
+        self._unused: dict[str, Messages | Value] = {}  # made here, and nothing was sent yet
         try:
-            names = facts.names_of(source.topics.values())
+            self._names = names = facts.names_of(source.topics.values())
             limits: dict[str, int] = {}
             for number, topic in source.topics.items():
                 name = names[number]
@@ -78,10 +81,12 @@ class Player(Uncopied):
                 if name != topic.name:
                     tell(f"topic {topic.name!r} becomes channel {name!r}")
                 if name not in self._by_name:
-                    self._by_name[name] = self._channel(name, topic, limits[name]).writer()
+                    found = self._channel(name, topic, limits[name])
+                    self._by_name[name] = found.writer()
                 self._writers[number] = self._by_name[name]
         except BaseException:
             self.close()
+            self._remove_unused()
             raise
 
     def _channel(self, name: str, topic: facts.Topic, limit: int) -> Messages | Value:
@@ -96,6 +101,7 @@ class Player(Uncopied):
                 else self._channels.create_messages
             )
             found = create(name, **facts.geometry_of(topic, limit), **type_arguments)
+            self._unused[name] = found
         wanted, there = (topic.kind, topic.type), (found.kind, found._facts["type"])
         if wanted != there or found.limit < limit:
             raise ChannelTypeError(
@@ -129,10 +135,17 @@ class Player(Uncopied):
                 step()
             writer = self._writers[message.topic]
             self.missed += writer.put(message.data)
+            self._unused.pop(self._names[message.topic], None)
             self.sent += 1
             self.position = message.time
             step()
         return self.sent - before
+
+    def _remove_unused(self) -> None:
+        for found in self._unused.values():
+            with contextlib.suppress(IvshmemError):  # another process uses it already
+                found.remove()
+        self._unused.clear()
 
     def close(self) -> None:
         """Close the writers; may be called twice. The channels stay."""
@@ -142,8 +155,10 @@ class Player(Uncopied):
     def __enter__(self) -> Player:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close()
+        if kind is not None and issubclass(kind, Exception):
+            self._remove_unused()
 
 
 def _described(kind: str, text: str, limit: int) -> str:
