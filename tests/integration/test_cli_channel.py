@@ -226,6 +226,32 @@ def test_wrong_use(socket_path: str, channels: Channels, words: str, said: str) 
     assert said in run(socket_path, *words.split(), status=1)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["messages --limit 1K", "queue --limit 1", "value --limit 1", "messages --limit 1 --slots 2"],
+)
+def test_create_of_what_is_there(socket_path: str, channels: Channels, words: str) -> None:
+    """It says what to do, and both ways do it."""
+    channels.create_messages("m", limit=1)
+    create = ("m", "x", "--create", *words.split())
+    said = run(socket_path, "put", *create, status=1)
+    assert said.startswith("channel 'm' is there, ")
+    assert said.endswith(
+        ": omit --create and its options to use it as it is, or remove it: `ivshmem channel rm m`"
+    )
+    run(socket_path, "put", "m", "x")
+    run(socket_path, "rm", "m")
+    run(socket_path, "put", *create)
+
+
+def test_a_put_that_fails_leaves_no_channel(socket_path: str, channels: Channels) -> None:
+    """Unless something was sent, or it was there before, or another process uses it."""
+    words = ("put", "late", "--lines", "--create", "messages", "--limit", "2")
+    for lines, left in (("hello", 0), ("1\nhello", 1), ("hello", 1)):
+        assert "its limit is 2" in run(socket_path, *words, input=lines, status=1)
+        assert len(channels.list()) == left
+
+
 def test_a_full_queue(socket_path: str, channels: Channels) -> None:
     channels.create_queue("a", limit=8, slots=2)
     said = run(socket_path, "put", "a", "--lines", "-t", "0", input="1\n2\n3", status=1)
@@ -234,7 +260,9 @@ def test_a_full_queue(socket_path: str, channels: Channels) -> None:
 
 def test_rm_of_a_channel_in_use(socket_path: str, channels: Channels) -> None:
     with channels.create_messages("a", limit=8).reader():
-        assert "channel 'a' is in use" in run(socket_path, "rm", "a", status=1)
+        said = run(socket_path, "rm", "a", status=1)
+        assert "channel 'a' is in use" in said
+        assert "(--force: only if" in said
         run(socket_path, "rm", "a", "--force")
     assert channels.list() == []
 

@@ -324,7 +324,11 @@ def test_who_finds_all_connections_in_use_waits(place: tuple[Path, str]) -> None
             with pair.joined() as (near, far):
                 with pair.dial() as third:
                     third.sendall(b"I wait")
-                    pair.near.says("waits: channel 'full': all its 2 connections are in use")
+                    pair.near.says(
+                        "waits: channel 'full': all its 2 connections are in use: wait until one"
+                        " ends; or for more, end both sides, `ivshmem channel rm full`, and start"
+                        " them again with --connections N"
+                    )
                     with pair.dial() as fourth:
                         fourth.sendall(b"so do I")
                         near.close()
@@ -336,6 +340,11 @@ def test_who_finds_all_connections_in_use_waits(place: tuple[Path, str]) -> None
                             one_far.close()
                             with pair.accept() as fourth_far:
                                 assert received(fourth_far, 7) == b"so do I"
+        pair.far.end()
+        pair.near.end()
+        assert commands.run("channel", "rm", "full", "-S", place[1]).returncode == 0
+    with own_pair(place, "full", "--connections", 3):
+        pass
 
 
 @pytest.mark.parametrize("side", ["near", "far"])
@@ -714,6 +723,10 @@ def test_an_address_in_use(place: tuple[Path, str], pair: Pair) -> None:
         ("[forward.a]\nconnections = true", "forward.a.connections = true: expected a number"),
         ("[forward.a]\nbuffer = '5K'", 'forward.a.buffer = "5K": a buffer of 5K: allowed'),
         ("[forward.a]\nmode = 600", "up to three octal digits in quotes"),
+        (
+            "[forward]\nlisten = 'tcp:b:1'",
+            "forward.listen: it is not in a table of a forward: put it below [forward.NAME]",
+        ),
         ('[forward." a"]', "forward. a: channel ' a': a name is 1 to 63 bytes of printable text"),
     ],
 )

@@ -253,7 +253,12 @@ def test_a_name_that_becomes_another_kind(directory: Path, socket_path: str, sid
         ways = {"near": ("--listen", "tcp:127.0.0.1:0"), "far": ("--connect", at)}
         other = "far" if side == "near" else "near"
         both = Forward(
-            directory, "both", socket_path, *("q", *ways[side], "--connections", 2), "p", *ways[side]
+            directory,
+            "both",
+            socket_path,
+            *("q", *ways[side], "--connections", 2),
+            "p",
+            *ways[side],
         )
         both.says("p: (listens at|connects to)")
         single = Forward(directory, "single", socket_path, "p", *ways[other])

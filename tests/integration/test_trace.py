@@ -281,11 +281,16 @@ def test_what_cannot_be(served: Server, directory: Path) -> None:
     file = directory / "trace.json"
     file.write_text("mine")
     (line,) = failed(served, str(file))
-    assert "file exists" in line
-    assert str(file) in line
+    assert line == (
+        f"ivshmem: {file}: file exists: choose another path, or write over it with --force"
+    )
     assert file.read_text() == "mine"
     (line,) = failed(served, str(directory / "none" / "trace.json"))
-    assert "no such file" in line
+    assert line.endswith(
+        "trace.json: its directory does not exist: create that first, or choose another path"
+    )
+    (line,) = failed(served, str(directory), "--force")
+    assert line == f"ivshmem: {directory}: it is a directory: give a file in that directory"
     assert "not a number of rings: 0" in failed(served, str(file), "--limit", "0")[-1]
     lines = failed(served, "/dev/full", "--force", "-t", "0.1")
     assert lines[-1].count("/dev/full: no space left on device") == 1

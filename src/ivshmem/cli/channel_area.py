@@ -84,7 +84,16 @@ def _rm(options: argparse.Namespace) -> int:
         raise ValueError("give the NAME of a channel, or --place N")
     if options.name is not None:
         with joined(options) as channels:
-            channels.remove(options.name, force=options.force)
+            try:
+                channels.remove(options.name, force=options.force)
+            except ChannelError as error:
+                if type(error) is not ChannelError or options.force:
+                    raise
+                raise ChannelError(
+                    f"channel {options.name!r} is in use: `ivshmem channel info` says by which"
+                    " processes (--force: only if you know that none of them stores into its memory"
+                    " any more)"
+                ) from None
         print(plain(f"channel {options.name} was removed"))
         return 0
     if options.place < 0:

@@ -268,7 +268,7 @@ _HINTS = {
     12: f": {_REMEDY}",  # ENOMEM
     13: ": run as a user with the permission, or choose another path",  # EACCES
     20: ": a part of the path is a file: choose another path",  # ENOTDIR
-    21: ": give a file in that directory, or use --directory",  # EISDIR
+    21: ": give a file in that directory",  # EISDIR
     24: ": raise the limit with `ulimit -n`",  # EMFILE
     27: ": raise the limit with `ulimit -f unlimited`, or choose another file system",  # EFBIG
     28: ": free some space, or choose another file system",  # ENOSPC

@@ -57,6 +57,11 @@ def parse(data: bytes, source: str) -> list[ForwardConfig]:
         except ValueError as error:
             errors.append(f"{where}: {error}")
             continue
+        if not isinstance(table, dict):
+            errors.append(
+                f"{where}: it is not in a table of a forward: put it below [forward.NAME]"
+            )
+            continue
         before = len(errors)
         settings = read_table(where, table, _SETTINGS, errors)
         if len(errors) == before:

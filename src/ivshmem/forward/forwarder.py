@@ -143,6 +143,8 @@ class Forwarder(Uncopied):
             stream = channel.connect()
         except BaseException as error:
             plug.close(self.turns.poller, failed=True)
+            if type(error) is ChannelError:
+                raise ChannelError(rings.said_of(error, name)) from None
             if not isinstance(error, ConnectionRefusedError):
                 raise
             raise ConnectionRefusedError(

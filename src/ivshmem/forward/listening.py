@@ -21,6 +21,7 @@ from ..system.uncopied import Uncopied
 from . import addresses
 from .config import ForwardConfig
 from .plugs import quick, reset
+from .rings import said_of
 from .turns import Turns
 
 _log = late_logging.log_of("ivshmem.forward")
@@ -148,7 +149,7 @@ class Listening(Uncopied):
                 self._complain(type(error).__name__, f"{who} is refused: {error}")
                 return True
             self._held = sock, who
-            self._complain("full", f"{who} waits: {error}")
+            self._complain("full", f"{who} waits: {said_of(error, self._name)}")
             self._pause()
             return False
         except BaseException:

@@ -56,6 +56,15 @@ def opened(channels: Channels, config: ForwardConfig, former: dict[str, Sizes]) 
         return found
 
 
+def said_of(error: ChannelError, name: str) -> str:
+    """Return the text of an error of `Bytes.connect`, with what a user of forwards can do."""
+    return str(error).replace(
+        "; create it with more connections",
+        f": wait until one ends; or for more, end both sides, `ivshmem channel rm {name}`, and"
+        " start them again with --connections N",
+    )
+
+
 def _made(channels: Channels, config: ForwardConfig, former: dict[str, Sizes]) -> Channel:
     sizes = former.get(config.name, Sizes(CONNECTIONS, BUFFER))
     connections = config.connections or sizes.connections

@@ -9,9 +9,16 @@ also on a full disk. (A process that is killed during a write can leave a part o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 from .uncopied import Uncopied
+
+_TEXTS = {
+    errno.EEXIST: "file exists: choose another path, or write over it with --force",
+    errno.ENOENT: "its directory does not exist: create that first, or choose another path",
+    errno.EISDIR: "it is a directory: give a file in that directory",
+}
 
 
 class Sink(Uncopied):
@@ -23,11 +30,17 @@ class Sink(Uncopied):
 
     Raises:
         FileExistsError: there is one.
+        OSError: it cannot be made. Each has the path, and a text that says what to do where the
+            kernel's word alone would not.
     """
 
     def __init__(self, path: str, *, replace: bool = False) -> None:
         flags = os.O_TRUNC if replace else os.O_EXCL
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+        except OSError as error:
+            text = _TEXTS.get(error.errno or 0, error.strerror)
+            raise OSError(error.errno, text, path) from None
         self._path = path
         self.offset = 0
 
