@@ -165,7 +165,7 @@ def test_there_and_back(socket_path: str, channels: Channels, directory: Path) -
     channels.open("frames", "messages", dtype="<f4", shape=(None, 3))
     for name in ("frames", "late", "state"):
         again = dict(channels.open(name)._facts)
-        for what in ("index", "created"):
+        for what in ("index", "created", "state"):  # which say which record it has
             del facts[name][what], again[what]
         assert again == facts[name]
     sent = received(socket_path, channels, ["frames", "late"], file)
