@@ -112,7 +112,7 @@ class Connecting(Uncopied):
                     raise
                 self._stop_listening()  # it is opened again soon
                 if isinstance(error, ChannelError):
-                    self.complain(f"{error}; it listens anew")
+                    self.complain(f"{error}; it listens again")
                 return False
             sock, self._spare = self._spare, None
             _Dial(self, stream, sock)
