@@ -340,7 +340,7 @@ def _described(seen: Seen, form: Form) -> str:
 def _call(options: argparse.Namespace) -> int:
     limit = None if math.isinf(options.timeout) else options.timeout
     request = sys.stdin.buffer.read() if options.data is None else os.fsencode(options.data)
-    with joined(options) as channels:
+    with joined(options, outlives_server=True) as channels:
         found = channels.open(options.name, "calls")
         assert isinstance(found, Calls)
         kind, found._type = found._type, None  # bytes, also of arrays, and without numpy

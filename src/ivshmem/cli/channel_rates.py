@@ -28,6 +28,7 @@ from .channel_region import ChannelCommand, add_readonly, joined
 from .top import interval
 
 _LOOK = 0.1  # seconds after which a thread looks whether it is to end
+_SCREEN_LOOK = 1.0  # seconds after which the screen looks whether the channels are closed
 
 
 def _add_watched(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def _report(options: argparse.Namespace, line_of: Callable[[dict[str, object]], 
                 counted[name] = stack.enter_context(_arrivals(found, options.window))
             else:
                 counted[name] = _positions(found, sized)
-        for number in _each_time(options):
+        for number in _each_time(options, channels):
             positions = {info.name: info for info in channels.list()}
             for name, count in counted.items():
                 if plain(name) not in positions:
@@ -144,14 +145,18 @@ def _arrivals(found: Messages | Value, window: int) -> Iterator[Arrivals]:
             thread.join()
 
 
-def _each_time(options: argparse.Namespace) -> Iterator[int]:
-    """Count from 0 on: at once, and after each interval, of which there are as many as wanted."""
+def _each_time(options: argparse.Namespace, channels: channel.Channels) -> Iterator[int]:
+    """Count from 0 on: at once, and after each interval, of which there are as many as wanted.
+
+    If the channels are closed, the interval ends at once.
+    """
     due = time.monotonic()
     yield 0
     number = 0
     while number != options.count:
         due += options.interval
-        time.sleep(left_until(due))
+        while (left := left_until(due)) and not channels.closed:
+            time.sleep(min(left, _LOOK))
         number += 1
         yield number
 
@@ -165,7 +170,7 @@ def _top(options: argparse.Namespace) -> int:
         if sys.stdin.isatty() and sys.stdout.isatty() and not options.json:
             _show_screen(channels, rates, options)
             return 0
-        for number in _each_time(options):
+        for number in _each_time(options, channels):
             rows = rates.next(channels.list(), time.monotonic())
             if not number:
                 continue  # no rates yet
@@ -185,9 +190,12 @@ def _show_screen(channels: channel.Channels, rates: Rates, options: argparse.Nam
         rows = rates.next(channels.list(), due)
         while True:
             shown.draw(channel_text.rate_table(rows))
-            if shown.key(left_until(due)) in ("q", "Q") or shown_times == options.count:
+            if (
+                shown.key(min(left_until(due), _SCREEN_LOOK)) in ("q", "Q")
+                or shown_times == options.count
+            ):
                 break
-            if time.monotonic() >= due:
+            if time.monotonic() >= due or channels.closed:
                 rows = rates.next(channels.list(), time.monotonic())
                 due = time.monotonic() + options.interval
                 shown_times += 1

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ClosedError
 from ..memory.sizes import format_size, parse_size, roughly
 from ..recording import library
 from ..text import counted, plain
@@ -180,6 +181,8 @@ def _replay(options: argparse.Namespace) -> int:
             with _bar("{task.fields[said]}", total=max(last - first, 1)) as bar:
 
                 def step() -> None:
+                    if channels.closed:  # also while no message is due
+                        raise ClosedError("the channels are closed")
                     bar(completed=player.position - first, said=counted(player.sent, "message"))
 
                 while player.play(step) and options.loop:

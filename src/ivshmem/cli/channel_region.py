@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,10 +17,13 @@ from typing import NamedTuple
 from .. import channel
 from ..channel.channels import BEAT, LEASE
 from ..channel.kinds import Channel, Messages, Queue, Value
-from ..errors import ChannelError, ChannelTypeError
+from ..errors import ChannelError, ChannelTypeError, IvshmemError
+from ..peer.client import Client
+from ..peer.endpoint import Disconnected
 from . import endpoints, signals
 
 _NAME = "ivshmem channel"  # of this process in the table of places
+_LOOK = 0.2  # seconds between two looks whether the server is there
 KINDS = ("messages", "queue", "value")  # whose contents commands send and receive
 
 
@@ -44,13 +48,19 @@ def add_readonly(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(options: argparse.Namespace, use: str = "") -> Iterator[channel.Channels]:
+def joined(
+    options: argparse.Namespace, use: str = "", *, outlives_server: bool = False
+) -> Iterator[channel.Channels]:
     """The channels of the region; this process leaves them also if a signal ends the block.
 
     Args:
         use: "reads": a place in the table is not needed; "observes": it is, if one is free.
+        outlives_server: the block continues when the server's connection ends, since the processes
+            of the old memory are those that it is about. Otherwise it would wait for ever, while
+            all that start from then on meet in the memory of a new server.
 
     Raises:
+        IvshmemError: the connection to the server ended; then calls of the block raised.
         ValueError: a guest's device cannot be mapped for reading only, as the options want it.
     """
     wanted = getattr(options, "readonly", False)
@@ -71,7 +81,47 @@ def joined(options: argparse.Namespace, use: str = "") -> Iterator[channel.Chann
                 readonly = True
                 stack.close()
         stack.enter_context(signals.raised())
+        if isinstance(endpoint, Client) and not outlives_server:
+            stack.enter_context(_ending_with_server(endpoint, channels))
         yield channels
+
+
+@contextlib.contextmanager
+def _ending_with_server(client: Client, channels: channel.Channels) -> Iterator[None]:
+    """Close the channels when the server's connection ends, so that all calls of the block raise.
+
+    Raises:
+        IvshmemError: it has ended.
+    """
+    over = threading.Event()
+    reasons: list[str] = []
+
+    def watch() -> None:
+        while not over.wait(_LOOK):
+            # Or the server would take this client for stalled.
+            reasons.extend(
+                event.reason for event in client.peer_events() if isinstance(event, Disconnected)
+            )
+            if not client.connected:
+                with contextlib.suppress(BufferError):  # the block looks at a message
+                    channels.close()
+                break
+
+    thread = threading.Thread(target=watch, name="watches the server", daemon=True)
+    thread.start()
+    try:
+        yield
+    except IvshmemError as error:
+        if client.connected:
+            raise
+        reason = reasons[0] if reasons else error
+        raise IvshmemError(
+            f"server {client.path}: {reason}, and with it this command: start it again at the next"
+            " server"
+        ) from None
+    finally:
+        over.set()
+        thread.join()
 
 
 def opened(
