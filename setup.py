@@ -35,13 +35,18 @@ CHANNEL = (
     "pumps",
 )
 
-# The path of each message has -O2. The others have -Os, which makes them a third smaller, and is
-# nowhere measurable. An -O in CFLAGS, of a distribution for example, is for all.
+# In a wheel for all versions, of which guests get a copy, what copies payloads has -O2. The rest
+# has -Os, which makes it a third smaller, and copies by `rep movsb`. An -O in CFLAGS, of a
+# distribution for example, is for all.
 FAST = {
     "native/bell",
+    "native/mapping",
     *(
         f"channel/{name}"
-        for name in ("membership", "roles", "writers", "views", "readers", "queues")
+        for name in (
+            *("membership", "roles", "writers", "views", "readers"),
+            *("queues", "calls", "streams"),
+        )
     ),
 }
 ABI3 = (
@@ -67,7 +72,7 @@ class Build(build_ext):
 def flags(name: str) -> list[str]:
     given = ["-fvisibility=hidden"]
     if "-O" not in os.environ.get("CFLAGS", ""):
-        given.append("-O2" if name in FAST else "-Os")
+        given.append("-O2" if name in FAST or not ABI3 else "-Os")
     return [*given, *(("-include", "src/ivshmem/native/limited_api.h") if ABI3 else ())]
 
 

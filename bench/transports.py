@@ -1,6 +1,6 @@
 """Bytes between a guest and its host: virtio-net, virtio-serial, a channel of bytes, a forward.
 
-    python -m bench.transports [--rounds 3] [--buffer 1M] [--cpu max,-erms,-fsrm]
+    python -m bench.transports [--rounds 3] [--buffer 256K] [--cpu max,-erms,-fsrm]
 
 One guest of one processor, one boot; each round measures all ways in turn. The guest is emulated
 (TCG) where there is no KVM, and then without ERMS and FSRM: TCG copies by `rep movsb` a byte at a
@@ -64,7 +64,9 @@ def serve(listener: Any) -> None:
 
 
 @contextlib.contextmanager
-def host(folder: Path, buffer: str) -> Iterator[tuple[Any, list[str], dict[str, int]]]:
+def host(
+    folder: Path, buffer: str, of_forward: str
+) -> Iterator[tuple[Any, list[str], dict[str, int]]]:
     """All that the guest's ways lead to: a server, QEMU's arguments, ports."""
     with contextlib.ExitStack() as stack:
         server = ivshmem.Server(folder / "socket", "64M", channels="48M")
@@ -84,7 +86,7 @@ def host(folder: Path, buffer: str) -> Iterator[tuple[Any, list[str], dict[str, 
             ports["iperf3"] = free.getsockname()[1]
         words = [sys.executable, "-m", "ivshmem", "forward", "-S", server.path]
         for name, port in (("plain", ports["port"]), ("iperf3", ports["iperf3"])):
-            words += [name, "--connect", f"tcp:127.0.0.1:{port}", "--buffer", buffer]
+            words += [name, "--connect", f"tcp:127.0.0.1:{port}", "--buffer", of_forward]
             words += ["--connections", "8"]
         for command in (["iperf3", "-s", "-p", str(ports["iperf3"])], words):
             process = subprocess.Popen(
@@ -101,10 +103,15 @@ def host(folder: Path, buffer: str) -> Iterator[tuple[Any, list[str], dict[str, 
         yield server, args, ports
 
 
-def measured(rounds: int, buffer: str, cpu: str) -> dict[str, list[dict[str, float]]]:
+def measured(
+    rounds: int, buffer: str, of_forward: str, cpu: str
+) -> dict[str, list[dict[str, float]]]:
     """Return what each round found, by way."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as name, host(Path(name), buffer) as (_, args, ports):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        host(Path(name), buffer, of_forward) as (_, args, ports),
+    ):
         args = [*args, "-cpu", cpu]
         with Guest(
             HERE / "guest_transports.py", args=args, name="guest", iommu=True, modules=["net"]
@@ -157,10 +164,14 @@ def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--buffer", default="1M", help="of each direction of a connection")
+    parser.add_argument("--buffer", default="256K", help="of the channel, in each direction")
+    parser.add_argument("--forward-buffer", default="1M", help="of the forward")
     parser.add_argument("--cpu", default="max,-erms,-fsrm", help="the guest's, as QEMU has it")
     options = parser.parse_args()
-    print(*table(measured(options.rounds, options.buffer, options.cpu)), sep="\n")
+    print(
+        *table(measured(options.rounds, options.buffer, options.forward_buffer, options.cpu)),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

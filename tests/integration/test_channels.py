@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -12,12 +13,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from support.waiting import until
+from support.waiting import PATIENCE, Background, until
 
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Channels
-
-PATIENCE = 30.0
 
 
 @pytest.fixture
@@ -641,3 +640,54 @@ def test_as_many_ends_as_there_can_be(region: Region, channels: Channels) -> Non
             messages.writer()
         with pytest.raises(channel.ChannelError, match="64 readers are open"):
             messages.reader()
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def answer(request: bytes) -> Any:
+    """What a server may get wrong, one after the other."""
+    if request == b"surrogate":
+        raise ValueError("file \udcff")
+    if request == b"unspeakable":
+        raise Unspeakable
+    return {b"long": bytes(100), b"nothing": None, b"right": b"reply"}[request]
+
+
+@pytest.mark.parametrize("by", ["serve", "serve_async"])
+def test_a_server_of_calls_goes_on(channels: Channels, by: str) -> None:
+    """Whatever becomes of one call, the next one is answered."""
+    room = channels.create_calls("calls", limit=64)
+    with room.server() as server, room.caller() as caller:
+        if by == "serve":
+            serving = Background(lambda: server.serve(answer, timeout=1))
+        else:
+            serving = Background(lambda: asyncio.run(server.serve_async(answer, timeout=1)))
+        for request, why in {
+            b"surrogate": r"ValueError: file \\udcff",
+            b"unspeakable": "Unspeakable",
+            b"unknown": "KeyError",
+            b"long": "MessageTooLong: a reply of 100 bytes",
+            b"nothing": "TypeError",
+        }.items():
+            with pytest.raises(channel.CallFailed, match=why):
+                caller.call(request, timeout=PATIENCE)
+            assert caller.call(b"right", timeout=PATIENCE) == b"reply"
+        serving.result()
+        pending = caller.submit(b"x")
+        taken = server.take(PATIENCE)
+        assert taken is not None
+        with contextlib.suppress(ValueError), taken:
+            raise ValueError("file \udcff")
+        with pytest.raises(channel.CallFailed, match=r"file \\udcff"):
+            pending.result(PATIENCE)
+
+
+def test_names_that_no_channel_can_have(channels: Channels) -> None:
+    for name in ("\udcff", "x" * 1000, ""):
+        with pytest.raises(channel.NoSuchChannel):
+            channels.open(name)
+        with pytest.raises(channel.NoSuchChannel):
+            channels.remove(name)

@@ -2811,7 +2811,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_CallServer {
 };
 
 
-/* "ivshmem/channel/calls.pyx":360
+/* "ivshmem/channel/calls.pyx":378
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2845,8 +2845,8 @@ struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async {
 };
 
 
-/* "ivshmem/channel/calls.pyx":325
- *                 call.reply(reply)
+/* "ivshmem/channel/calls.pyx":326
+ *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
@@ -3344,7 +3344,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
 
 
-/* "ivshmem/channel/calls.pyx":360
+/* "ivshmem/channel/calls.pyx":378
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4240,6 +4240,12 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
 #endif
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyBufferError_Check.proto */
+#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
+
 /* PyObject_Unicode.proto */
 #define __Pyx_PyObject_Unicode(obj)\
     (likely(PyUnicode_CheckExact(obj)) ? __Pyx_NewRef(obj) : PyObject_Str(obj))
@@ -4723,6 +4729,8 @@ static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time)(str
 
 /* Module declarations from "ivshmem.channel.calls" */
 static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.calls"
@@ -4887,7 +4895,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
     PyObject *__pyx_codeobj_tab[26];
-    PyObject *__pyx_string_tab[159];
+    PyObject *__pyx_string_tab[160];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -5046,80 +5054,81 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_test __pyx_string_tab[82]
 #define __pyx_n_u_is_coroutine __pyx_string_tab[83]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[84]
-#define __pyx_n_u_begun __pyx_string_tab[85]
-#define __pyx_n_u_call __pyx_string_tab[86]
-#define __pyx_n_u_call_async __pyx_string_tab[87]
-#define __pyx_n_u_cancel __pyx_string_tab[88]
-#define __pyx_n_u_cell __pyx_string_tab[89]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[90]
-#define __pyx_n_u_close __pyx_string_tab[91]
-#define __pyx_n_u_data __pyx_string_tab[92]
-#define __pyx_n_u_decode __pyx_string_tab[93]
-#define __pyx_n_u_done __pyx_string_tab[94]
-#define __pyx_n_u_encode __pyx_string_tab[95]
-#define __pyx_n_u_error __pyx_string_tab[96]
-#define __pyx_n_u_errors __pyx_string_tab[97]
-#define __pyx_n_u_fail __pyx_string_tab[98]
-#define __pyx_n_u_function __pyx_string_tab[99]
-#define __pyx_n_u_g __pyx_string_tab[100]
-#define __pyx_n_u_get __pyx_string_tab[101]
-#define __pyx_n_u_give_back __pyx_string_tab[102]
-#define __pyx_n_u_how __pyx_string_tab[103]
-#define __pyx_n_u_items __pyx_string_tab[104]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[105]
-#define __pyx_n_u_kind __pyx_string_tab[106]
-#define __pyx_n_u_left __pyx_string_tab[107]
-#define __pyx_n_u_limit __pyx_string_tab[108]
-#define __pyx_n_u_monotonic __pyx_string_tab[109]
-#define __pyx_n_u_never __pyx_string_tab[110]
-#define __pyx_n_u_next __pyx_string_tab[111]
-#define __pyx_n_u_plain __pyx_string_tab[112]
-#define __pyx_n_u_pop __pyx_string_tab[113]
-#define __pyx_n_u_replace __pyx_string_tab[114]
-#define __pyx_n_u_reply __pyx_string_tab[115]
-#define __pyx_n_u_result __pyx_string_tab[116]
-#define __pyx_n_u_result_async __pyx_string_tab[117]
-#define __pyx_n_u_self __pyx_string_tab[118]
-#define __pyx_n_u_send __pyx_string_tab[119]
-#define __pyx_n_u_serve __pyx_string_tab[120]
-#define __pyx_n_u_serve_async __pyx_string_tab[121]
-#define __pyx_n_u_server __pyx_string_tab[122]
-#define __pyx_n_u_setdefault __pyx_string_tab[123]
-#define __pyx_n_u_spin __pyx_string_tab[124]
-#define __pyx_n_u_submit __pyx_string_tab[125]
-#define __pyx_n_u_submit_async __pyx_string_tab[126]
-#define __pyx_n_u_take __pyx_string_tab[127]
-#define __pyx_n_u_take_async __pyx_string_tab[128]
-#define __pyx_n_u_taken __pyx_string_tab[129]
-#define __pyx_n_u_text __pyx_string_tab[130]
-#define __pyx_n_u_throw __pyx_string_tab[131]
-#define __pyx_n_u_time __pyx_string_tab[132]
-#define __pyx_n_u_timeout __pyx_string_tab[133]
-#define __pyx_n_u_value __pyx_string_tab[134]
-#define __pyx_n_u_values __pyx_string_tab[135]
-#define __pyx_n_u_view __pyx_string_tab[136]
-#define __pyx_n_u_why __pyx_string_tab[137]
-#define __pyx_kp_b__3 __pyx_string_tab[138]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[139]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[140]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[141]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ __pyx_string_tab[142]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[143]
-#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[144]
-#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_HA __pyx_string_tab[145]
-#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1 __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[158]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[85]
+#define __pyx_n_u_begun __pyx_string_tab[86]
+#define __pyx_n_u_call __pyx_string_tab[87]
+#define __pyx_n_u_call_async __pyx_string_tab[88]
+#define __pyx_n_u_cancel __pyx_string_tab[89]
+#define __pyx_n_u_cell __pyx_string_tab[90]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[91]
+#define __pyx_n_u_close __pyx_string_tab[92]
+#define __pyx_n_u_data __pyx_string_tab[93]
+#define __pyx_n_u_decode __pyx_string_tab[94]
+#define __pyx_n_u_done __pyx_string_tab[95]
+#define __pyx_n_u_encode __pyx_string_tab[96]
+#define __pyx_n_u_error __pyx_string_tab[97]
+#define __pyx_n_u_errors __pyx_string_tab[98]
+#define __pyx_n_u_fail __pyx_string_tab[99]
+#define __pyx_n_u_function __pyx_string_tab[100]
+#define __pyx_n_u_g __pyx_string_tab[101]
+#define __pyx_n_u_get __pyx_string_tab[102]
+#define __pyx_n_u_give_back __pyx_string_tab[103]
+#define __pyx_n_u_how __pyx_string_tab[104]
+#define __pyx_n_u_items __pyx_string_tab[105]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[106]
+#define __pyx_n_u_kind __pyx_string_tab[107]
+#define __pyx_n_u_left __pyx_string_tab[108]
+#define __pyx_n_u_limit __pyx_string_tab[109]
+#define __pyx_n_u_monotonic __pyx_string_tab[110]
+#define __pyx_n_u_never __pyx_string_tab[111]
+#define __pyx_n_u_next __pyx_string_tab[112]
+#define __pyx_n_u_plain __pyx_string_tab[113]
+#define __pyx_n_u_pop __pyx_string_tab[114]
+#define __pyx_n_u_replace __pyx_string_tab[115]
+#define __pyx_n_u_reply __pyx_string_tab[116]
+#define __pyx_n_u_result __pyx_string_tab[117]
+#define __pyx_n_u_result_async __pyx_string_tab[118]
+#define __pyx_n_u_self __pyx_string_tab[119]
+#define __pyx_n_u_send __pyx_string_tab[120]
+#define __pyx_n_u_serve __pyx_string_tab[121]
+#define __pyx_n_u_serve_async __pyx_string_tab[122]
+#define __pyx_n_u_server __pyx_string_tab[123]
+#define __pyx_n_u_setdefault __pyx_string_tab[124]
+#define __pyx_n_u_spin __pyx_string_tab[125]
+#define __pyx_n_u_submit __pyx_string_tab[126]
+#define __pyx_n_u_submit_async __pyx_string_tab[127]
+#define __pyx_n_u_take __pyx_string_tab[128]
+#define __pyx_n_u_take_async __pyx_string_tab[129]
+#define __pyx_n_u_taken __pyx_string_tab[130]
+#define __pyx_n_u_text __pyx_string_tab[131]
+#define __pyx_n_u_throw __pyx_string_tab[132]
+#define __pyx_n_u_time __pyx_string_tab[133]
+#define __pyx_n_u_timeout __pyx_string_tab[134]
+#define __pyx_n_u_value __pyx_string_tab[135]
+#define __pyx_n_u_values __pyx_string_tab[136]
+#define __pyx_n_u_view __pyx_string_tab[137]
+#define __pyx_n_u_why __pyx_string_tab[138]
+#define __pyx_kp_b__3 __pyx_string_tab[139]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[140]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[141]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[142]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[143]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[144]
+#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[145]
+#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ __pyx_string_tab[146]
+#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[147]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[159]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5177,7 +5186,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<159; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<160; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5247,7 +5256,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<159; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<160; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -10980,7 +10989,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit).\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit). So is a reply that is too long,\n        or no buffer.\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve = {"serve", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve};
 static PyObject *__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -11095,24 +11104,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   PyObject *__pyx_t_10 = NULL;
   int __pyx_t_11;
   PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14[3];
-  Py_ssize_t __pyx_t_15;
+  int __pyx_t_13;
+  char const *__pyx_t_14;
+  PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
-  int __pyx_t_17;
-  char const *__pyx_t_18;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
-  PyObject *__pyx_t_21 = NULL;
-  PyObject *__pyx_t_22 = NULL;
-  PyObject *__pyx_t_23 = NULL;
-  PyObject *__pyx_t_24 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/channel/calls.pyx":311
+  /* "ivshmem/channel/calls.pyx":312
  *             timeout: seconds without a call after which this returns; None: for ever.
  *         """
  *         while True:             # <<<<<<<<<<<<<<
@@ -11121,7 +11126,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":312
+    /* "ivshmem/channel/calls.pyx":313
  *         """
  *         while True:
  *             call = self.take(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -11137,13 +11142,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -11152,13 +11157,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XDECREF_SET(__pyx_v_call, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":313
+    /* "ivshmem/channel/calls.pyx":314
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11169,7 +11174,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":314
+      /* "ivshmem/channel/calls.pyx":315
  *             call = self.take(timeout, spin=spin)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -11186,7 +11191,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":313
+      /* "ivshmem/channel/calls.pyx":314
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11195,7 +11200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":315
+    /* "ivshmem/channel/calls.pyx":316
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11211,12 +11216,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":316
+        /* "ivshmem/channel/calls.pyx":317
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
 */
         __pyx_t_4 = NULL;
         __Pyx_INCREF(__pyx_v_function);
@@ -11228,7 +11233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 316, __pyx_L6_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 317, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         __pyx_t_3 = 1;
@@ -11249,13 +11254,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XDECREF_SET(__pyx_v_reply, __pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":315
+        /* "ivshmem/channel/calls.pyx":316
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11264,25 +11269,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":323
+      /* "ivshmem/channel/calls.pyx":324
  *                 raise
  *             else:
- *                 call.reply(reply)             # <<<<<<<<<<<<<<
+ *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
  * 
  *     async def serve_async(self, function, timeout=None):
 */
       /*else:*/ {
-        __pyx_t_2 = __pyx_v_call;
-        __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_reply};
-          __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 323, __pyx_L8_except_error)
-          __Pyx_GOTREF(__pyx_t_1);
-        }
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 324, __pyx_L8_except_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L8_except_error)
+
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11295,17 +11292,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":317
+      /* "ivshmem/channel/calls.pyx":318
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:
 */
       __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_11) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 317, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 318, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_9);
@@ -11313,55 +11310,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __pyx_v_error = __pyx_t_2;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":318
+          /* "ivshmem/channel/calls.pyx":319
  *                 reply = function(call.get())
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")             # <<<<<<<<<<<<<<
+ *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 call.fail("the server ends")
 */
           __pyx_t_10 = __pyx_v_call;
           __Pyx_INCREF(__pyx_t_10);
-          __pyx_t_12 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 318, __pyx_L19_error)
+          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 319, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
-          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 318, __pyx_L19_error)
-          __Pyx_GOTREF(__pyx_t_13);
-          __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 318, __pyx_L19_error)
-          __Pyx_GOTREF(__pyx_t_12);
-          __pyx_t_14[0] = __pyx_t_13;
-          __pyx_t_14[1] = __pyx_mstate_global->__pyx_kp_u__2;
-          __pyx_t_14[2] = __pyx_t_12;
-          __pyx_t_15 = 2;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_15 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[2]);
-          #endif
-          __pyx_t_11 = 0;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[2]);
-          #endif
-          __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 3, __pyx_t_15, __pyx_t_11);
-          if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 318, __pyx_L19_error)
-          __Pyx_GOTREF(__pyx_t_16);
-          __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-          __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __pyx_t_3 = 0;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_16};
+            PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_12};
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 318, __pyx_L19_error)
+            __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L19_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":317
+        /* "ivshmem/channel/calls.pyx":318
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:
 */
         /*finally:*/ {
@@ -11373,34 +11349,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
+            __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-            __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_22, &__pyx_t_23, &__pyx_t_24);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21) < 0)) __Pyx_ErrFetch(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
+             __Pyx_ExceptionSwap(&__pyx_t_18, &__pyx_t_19, &__pyx_t_20);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17) < 0)) __Pyx_ErrFetch(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17);
+            __Pyx_XGOTREF(__pyx_t_15);
+            __Pyx_XGOTREF(__pyx_t_16);
+            __Pyx_XGOTREF(__pyx_t_17);
+            __Pyx_XGOTREF(__pyx_t_18);
             __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
-            __Pyx_XGOTREF(__pyx_t_21);
-            __Pyx_XGOTREF(__pyx_t_22);
-            __Pyx_XGOTREF(__pyx_t_23);
-            __Pyx_XGOTREF(__pyx_t_24);
-            __pyx_t_11 = __pyx_lineno; __pyx_t_17 = __pyx_clineno; __pyx_t_18 = __pyx_filename;
+            __pyx_t_11 = __pyx_lineno; __pyx_t_13 = __pyx_clineno; __pyx_t_14 = __pyx_filename;
             {
               __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
             }
-            __Pyx_XGIVEREF(__pyx_t_22);
-            __Pyx_XGIVEREF(__pyx_t_23);
-            __Pyx_XGIVEREF(__pyx_t_24);
-            __Pyx_ExceptionReset(__pyx_t_22, __pyx_t_23, __pyx_t_24);
+            __Pyx_XGIVEREF(__pyx_t_18);
             __Pyx_XGIVEREF(__pyx_t_19);
             __Pyx_XGIVEREF(__pyx_t_20);
-            __Pyx_XGIVEREF(__pyx_t_21);
-            __Pyx_ErrRestore(__pyx_t_19, __pyx_t_20, __pyx_t_21);
-            __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0;
-            __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_17; __pyx_filename = __pyx_t_18;
+            __Pyx_ExceptionReset(__pyx_t_18, __pyx_t_19, __pyx_t_20);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_XGIVEREF(__pyx_t_16);
+            __Pyx_XGIVEREF(__pyx_t_17);
+            __Pyx_ErrRestore(__pyx_t_15, __pyx_t_16, __pyx_t_17);
+            __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
+            __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_13; __pyx_filename = __pyx_t_14;
             goto __pyx_L8_except_error;
           }
           __pyx_L20:;
@@ -11411,57 +11385,57 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         goto __pyx_L7_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":319
+      /* "ivshmem/channel/calls.pyx":320
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
  *                 call.fail("the server ends")
  *                 raise
 */
-      __pyx_t_17 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-      if (__pyx_t_17) {
+      __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+      if (__pyx_t_13) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 319, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 320, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":320
- *                 call.fail(f"{type(error).__name__}: {error}")
+        /* "ivshmem/channel/calls.pyx":321
+ *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
  *                 raise
  *             else:
 */
-        __pyx_t_16 = __pyx_v_call;
-        __Pyx_INCREF(__pyx_t_16);
+        __pyx_t_12 = __pyx_v_call;
+        __Pyx_INCREF(__pyx_t_12);
         __pyx_t_3 = 0;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
+          PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 320, __pyx_L8_except_error)
+          __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/calls.pyx":321
+        /* "ivshmem/channel/calls.pyx":322
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
  *             else:
- *                 call.reply(reply)
+ *                 reply_or_fail(call, reply)
 */
         __Pyx_GIVEREF(__pyx_t_9);
         __Pyx_GIVEREF(__pyx_t_2);
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_2, __pyx_t_1);
         __pyx_t_9 = 0;  __pyx_t_2 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 321, __pyx_L8_except_error)
+        __PYX_ERR(0, 322, __pyx_L8_except_error)
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/channel/calls.pyx":315
+      /* "ivshmem/channel/calls.pyx":316
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11501,8 +11475,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_16);
   __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -11515,8 +11487,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":325
- *                 call.reply(reply)
+/* "ivshmem/channel/calls.pyx":326
+ *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
@@ -11564,35 +11536,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 325, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 326, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 325, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 326, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 325, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 326, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 325, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 326, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 325, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 326, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11603,7 +11575,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 325, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 326, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11636,7 +11608,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 325, __pyx_L1_error)
+    __PYX_ERR(0, 326, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -11650,7 +11622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 325, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11683,18 +11655,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   PyObject *__pyx_t_11 = NULL;
   int __pyx_t_12;
   PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15[3];
-  Py_ssize_t __pyx_t_16;
+  int __pyx_t_14;
+  char const *__pyx_t_15;
+  PyObject *__pyx_t_16 = NULL;
   PyObject *__pyx_t_17 = NULL;
-  int __pyx_t_18;
-  char const *__pyx_t_19;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
   PyObject *__pyx_t_21 = NULL;
-  PyObject *__pyx_t_22 = NULL;
-  PyObject *__pyx_t_23 = NULL;
-  PyObject *__pyx_t_24 = NULL;
-  PyObject *__pyx_t_25 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -11711,10 +11679,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 325, __pyx_L1_error)
+    __PYX_ERR(0, 326, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":327
+  /* "ivshmem/channel/calls.pyx":328
  *     async def serve_async(self, function, timeout=None):
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:             # <<<<<<<<<<<<<<
@@ -11723,7 +11691,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":328
+    /* "ivshmem/channel/calls.pyx":329
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
  *             call = await self.take_async(timeout)             # <<<<<<<<<<<<<<
@@ -11737,7 +11705,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11751,21 +11719,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 329, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 328, __pyx_L1_error)
+      __PYX_ERR(0, 329, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_call);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_call, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":329
+    /* "ivshmem/channel/calls.pyx":330
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11776,7 +11744,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":330
+      /* "ivshmem/channel/calls.pyx":331
  *             call = await self.take_async(timeout)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -11793,7 +11761,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":329
+      /* "ivshmem/channel/calls.pyx":330
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11802,7 +11770,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":331
+    /* "ivshmem/channel/calls.pyx":332
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11816,7 +11784,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":332
+        /* "ivshmem/channel/calls.pyx":333
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -11833,7 +11801,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
           __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 332, __pyx_L8_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 333, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
         }
         __pyx_t_3 = 1;
@@ -11854,7 +11822,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L8_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 333, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_reply);
@@ -11862,23 +11830,23 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_GIVEREF(__pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":333
+        /* "ivshmem/channel/calls.pyx":334
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
  *                     reply = await reply
  *             except Exception as error:
 */
-        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L8_error)
+        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L8_error)
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/calls.pyx":334
+          /* "ivshmem/channel/calls.pyx":335
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply             # <<<<<<<<<<<<<<
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
 */
           __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_cur_scope->__pyx_v_reply, &__pyx_r);
           if (likely(__pyx_t_4 == PYGEN_NEXT)) {
@@ -11905,21 +11873,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_8 = __pyx_cur_scope->__pyx_t_2;
             __pyx_cur_scope->__pyx_t_2 = 0;
             __Pyx_XGOTREF(__pyx_t_8);
-            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 334, __pyx_L8_error)
+            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 335, __pyx_L8_error)
             __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
           } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
             __Pyx_GOTREF(__pyx_r);
             __pyx_t_1 = __pyx_r; __pyx_r = NULL;
           } else {
             __Pyx_XGOTREF(__pyx_r);
-            __PYX_ERR(0, 334, __pyx_L8_error)
+            __PYX_ERR(0, 335, __pyx_L8_error)
           }
           __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_reply);
           __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_reply, __pyx_t_1);
           __Pyx_GIVEREF(__pyx_t_1);
           __pyx_t_1 = 0;
 
-          /* "ivshmem/channel/calls.pyx":333
+          /* "ivshmem/channel/calls.pyx":334
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
@@ -11928,7 +11896,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":331
+        /* "ivshmem/channel/calls.pyx":332
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11937,25 +11905,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":341
+      /* "ivshmem/channel/calls.pyx":342
  *                 raise
  *             else:
- *                 call.reply(reply)             # <<<<<<<<<<<<<<
+ *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
       /*else:*/ {
-        __pyx_t_9 = __pyx_cur_scope->__pyx_v_call;
-        __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_3 = 0;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_cur_scope->__pyx_v_reply};
-          __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L10_except_error)
-          __Pyx_GOTREF(__pyx_t_1);
-        }
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 342, __pyx_L10_except_error)
+        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L10_except_error)
+
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11968,17 +11928,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":335
+      /* "ivshmem/channel/calls.pyx":336
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:
 */
       __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_12) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 335, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 336, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
@@ -11987,55 +11947,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __pyx_cur_scope->__pyx_v_error = __pyx_t_9;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":336
+          /* "ivshmem/channel/calls.pyx":337
  *                     reply = await reply
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")             # <<<<<<<<<<<<<<
+ *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 call.fail("the server ends")
 */
           __pyx_t_11 = __pyx_cur_scope->__pyx_v_call;
           __Pyx_INCREF(__pyx_t_11);
-          __pyx_t_13 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_cur_scope->__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 336, __pyx_L23_error)
+          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 337, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
-          __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_13, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 336, __pyx_L23_error)
-          __Pyx_GOTREF(__pyx_t_14);
-          __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_cur_scope->__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 336, __pyx_L23_error)
-          __Pyx_GOTREF(__pyx_t_13);
-          __pyx_t_15[0] = __pyx_t_14;
-          __pyx_t_15[1] = __pyx_mstate_global->__pyx_kp_u__2;
-          __pyx_t_15[2] = __pyx_t_13;
-          __pyx_t_16 = 2;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_16 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[2]);
-          #endif
-          __pyx_t_12 = 0;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[2]);
-          #endif
-          __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_12);
-          if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 336, __pyx_L23_error)
-          __Pyx_GOTREF(__pyx_t_17);
-          __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
           __pyx_t_3 = 0;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_11, __pyx_t_17};
+            PyObject *__pyx_callargs[2] = {__pyx_t_11, __pyx_t_13};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L23_error)
+            __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L23_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":335
+        /* "ivshmem/channel/calls.pyx":336
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:
 */
         /*finally:*/ {
@@ -12047,35 +11986,33 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __pyx_L23_error:;
           /*exception exit:*/{
             __Pyx_PyThreadState_assign
-            __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0; __pyx_t_25 = 0;
+            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-            __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-            __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_23, &__pyx_t_24, &__pyx_t_25);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_20, &__pyx_t_21, &__pyx_t_22) < 0)) __Pyx_ErrFetch(&__pyx_t_20, &__pyx_t_21, &__pyx_t_22);
+             __Pyx_ExceptionSwap(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18) < 0)) __Pyx_ErrFetch(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+            __Pyx_XGOTREF(__pyx_t_16);
+            __Pyx_XGOTREF(__pyx_t_17);
+            __Pyx_XGOTREF(__pyx_t_18);
+            __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
             __Pyx_XGOTREF(__pyx_t_21);
-            __Pyx_XGOTREF(__pyx_t_22);
-            __Pyx_XGOTREF(__pyx_t_23);
-            __Pyx_XGOTREF(__pyx_t_24);
-            __Pyx_XGOTREF(__pyx_t_25);
-            __pyx_t_12 = __pyx_lineno; __pyx_t_18 = __pyx_clineno; __pyx_t_19 = __pyx_filename;
+            __pyx_t_12 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
             {
               __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_error);
               __Pyx_DECREF(__pyx_cur_scope->__pyx_v_error); __pyx_cur_scope->__pyx_v_error = 0;
             }
-            __Pyx_XGIVEREF(__pyx_t_23);
-            __Pyx_XGIVEREF(__pyx_t_24);
-            __Pyx_XGIVEREF(__pyx_t_25);
-            __Pyx_ExceptionReset(__pyx_t_23, __pyx_t_24, __pyx_t_25);
+            __Pyx_XGIVEREF(__pyx_t_19);
             __Pyx_XGIVEREF(__pyx_t_20);
             __Pyx_XGIVEREF(__pyx_t_21);
-            __Pyx_XGIVEREF(__pyx_t_22);
-            __Pyx_ErrRestore(__pyx_t_20, __pyx_t_21, __pyx_t_22);
-            __pyx_t_20 = 0; __pyx_t_21 = 0; __pyx_t_22 = 0; __pyx_t_23 = 0; __pyx_t_24 = 0; __pyx_t_25 = 0;
-            __pyx_lineno = __pyx_t_12; __pyx_clineno = __pyx_t_18; __pyx_filename = __pyx_t_19;
+            __Pyx_ExceptionReset(__pyx_t_19, __pyx_t_20, __pyx_t_21);
+            __Pyx_XGIVEREF(__pyx_t_16);
+            __Pyx_XGIVEREF(__pyx_t_17);
+            __Pyx_XGIVEREF(__pyx_t_18);
+            __Pyx_ErrRestore(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
+            __pyx_lineno = __pyx_t_12; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
             goto __pyx_L10_except_error;
           }
           __pyx_L24:;
@@ -12086,57 +12023,57 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         goto __pyx_L9_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":337
+      /* "ivshmem/channel/calls.pyx":338
  *             except Exception as error:
- *                 call.fail(f"{type(error).__name__}: {error}")
+ *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
  *                 call.fail("the server ends")
  *                 raise
 */
-      __pyx_t_18 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-      if (__pyx_t_18) {
+      __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+      if (__pyx_t_14) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 337, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 338, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":338
- *                 call.fail(f"{type(error).__name__}: {error}")
+        /* "ivshmem/channel/calls.pyx":339
+ *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
  *                 raise
  *             else:
 */
-        __pyx_t_17 = __pyx_cur_scope->__pyx_v_call;
-        __Pyx_INCREF(__pyx_t_17);
+        __pyx_t_13 = __pyx_cur_scope->__pyx_v_call;
+        __Pyx_INCREF(__pyx_t_13);
         __pyx_t_3 = 0;
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
+          PyObject *__pyx_callargs[2] = {__pyx_t_13, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 338, __pyx_L10_except_error)
+          __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 339, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":339
+        /* "ivshmem/channel/calls.pyx":340
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
  *             else:
- *                 call.reply(reply)
+ *                 reply_or_fail(call, reply)
 */
         __Pyx_GIVEREF(__pyx_t_10);
         __Pyx_GIVEREF(__pyx_t_9);
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_10, __pyx_t_9, __pyx_t_1);
         __pyx_t_10 = 0;  __pyx_t_9 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 339, __pyx_L10_except_error)
+        __PYX_ERR(0, 340, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/calls.pyx":331
+      /* "ivshmem/channel/calls.pyx":332
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12159,8 +12096,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":325
- *                 call.reply(reply)
+  /* "ivshmem/channel/calls.pyx":326
+ *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
@@ -12177,8 +12114,6 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_17);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -12194,8 +12129,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":343
- *                 call.reply(reply)
+/* "ivshmem/channel/calls.pyx":344
+ *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -12242,24 +12177,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 343, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 343, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 343, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 343, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12270,7 +12205,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 343, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12301,16 +12236,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":345
+  /* "ivshmem/channel/calls.pyx":346
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -12324,8 +12259,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":343
- *                 call.reply(reply)
+  /* "ivshmem/channel/calls.pyx":344
+ *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -12344,7 +12279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":347
+/* "ivshmem/channel/calls.pyx":348
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12372,7 +12307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":348
+  /* "ivshmem/channel/calls.pyx":349
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12390,7 +12325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":347
+  /* "ivshmem/channel/calls.pyx":348
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12405,7 +12340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":350
+/* "ivshmem/channel/calls.pyx":351
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12439,7 +12374,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/calls.pyx":351
+  /* "ivshmem/channel/calls.pyx":352
  * 
  *     def __next__(self):
  *         return self.take()             # <<<<<<<<<<<<<<
@@ -12453,7 +12388,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 351, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12467,7 +12402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":350
+  /* "ivshmem/channel/calls.pyx":351
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12487,7 +12422,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":353
+/* "ivshmem/channel/calls.pyx":354
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12515,7 +12450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":354
+  /* "ivshmem/channel/calls.pyx":355
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12533,7 +12468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":353
+  /* "ivshmem/channel/calls.pyx":354
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12548,7 +12483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":356
+/* "ivshmem/channel/calls.pyx":357
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12582,7 +12517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/calls.pyx":357
+  /* "ivshmem/channel/calls.pyx":358
  * 
  *     def __anext__(self):
  *         return self.take_async()             # <<<<<<<<<<<<<<
@@ -12596,7 +12531,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12610,7 +12545,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":356
+  /* "ivshmem/channel/calls.pyx":357
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12836,7 +12771,439 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":367
+/* "ivshmem/channel/calls.pyx":361
+ * 
+ * 
+ * cdef str explained(object error):             # <<<<<<<<<<<<<<
+ *     """Return what a caller is told of an exception."""
+ *     try:
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_error) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[3];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("explained", 0);
+
+  /* "ivshmem/channel/calls.pyx":363
+ * cdef str explained(object error):
+ *     """Return what a caller is told of an exception."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         return f"{type(error).__name__}: {error}"
+ *     except Exception:  # of its __str__
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/calls.pyx":364
+ *     """Return what a caller is told of an exception."""
+ *     try:
+ *         return f"{type(error).__name__}: {error}"             # <<<<<<<<<<<<<<
+ *     except Exception:  # of its __str__
+ *         return type(error).__name__
+*/
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_6[0] = __pyx_t_5;
+      __pyx_t_6[1] = __pyx_mstate_global->__pyx_kp_u__2;
+      __pyx_t_6[2] = __pyx_t_4;
+      __pyx_t_7 = 2;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[2]);
+      #endif
+      __pyx_t_8 = 0;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[2]);
+      #endif
+      __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = ((PyObject*)__pyx_t_9);
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_9 = 0;
+      goto __pyx_L7_try_return;
+
+      /* "ivshmem/channel/calls.pyx":363
+ * cdef str explained(object error):
+ *     """Return what a caller is told of an exception."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         return f"{type(error).__name__}: {error}"
+ *     except Exception:  # of its __str__
+*/
+    }
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+
+    /* "ivshmem/channel/calls.pyx":365
+ *     try:
+ *         return f"{type(error).__name__}: {error}"
+ *     except Exception:  # of its __str__             # <<<<<<<<<<<<<<
+ *         return type(error).__name__
+ * 
+*/
+    __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
+    if (__pyx_t_8) {
+      __Pyx_AddTraceback("ivshmem.channel.calls.explained", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 365, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_9);
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_5);
+
+      /* "ivshmem/channel/calls.pyx":366
+ *         return f"{type(error).__name__}: {error}"
+ *     except Exception:  # of its __str__
+ *         return type(error).__name__             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 366, __pyx_L5_except_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 366, __pyx_L5_except_error)
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = ((PyObject*)__pyx_t_10);
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      goto __pyx_L6_except_return;
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/calls.pyx":363
+ * cdef str explained(object error):
+ *     """Return what a caller is told of an exception."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         return f"{type(error).__name__}: {error}"
+ *     except Exception:  # of its __str__
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L7_try_return:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L0;
+    __pyx_L6_except_return:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L0;
+  }
+
+  /* "ivshmem/channel/calls.pyx":361
+ * 
+ * 
+ * cdef str explained(object error):             # <<<<<<<<<<<<<<
+ *     """Return what a caller is told of an exception."""
+ *     try:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.calls.explained", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":369
+ * 
+ * 
+ * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_call, PyObject *__pyx_v_reply) {
+  PyObject *__pyx_v_error = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  int __pyx_t_12;
+  char const *__pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("reply_or_fail", 0);
+
+  /* "ivshmem/channel/calls.pyx":371
+ * cdef int reply_or_fail(Call call, object reply) except -1:
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/calls.pyx":372
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:
+ *         call.reply(reply)             # <<<<<<<<<<<<<<
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *         call.fail(explained(error))
+*/
+      __pyx_t_5 = ((PyObject *)__pyx_v_call);
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_reply};
+        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L3_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+      /* "ivshmem/channel/calls.pyx":371
+ * cdef int reply_or_fail(Call call, object reply) except -1:
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+    /* "ivshmem/channel/calls.pyx":373
+ *     try:
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
+ *         call.fail(explained(error))
+ *     return 0
+*/
+    __Pyx_ErrFetch(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7);
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 373, __pyx_L5_except_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, __pyx_t_8) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_TypeError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_ValueError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_ErrRestore(__pyx_t_4, __pyx_t_5, __pyx_t_7);
+    __pyx_t_4 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
+    if (__pyx_t_9) {
+      __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 373, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_v_error = __pyx_t_5;
+      /*try:*/ {
+
+        /* "ivshmem/channel/calls.pyx":374
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *         call.fail(explained(error))             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+        __pyx_t_10 = ((PyObject *)__pyx_v_call);
+        __Pyx_INCREF(__pyx_t_10);
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 374, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_11);
+        __pyx_t_6 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_11};
+          __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+          __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 374, __pyx_L14_error)
+          __Pyx_GOTREF(__pyx_t_8);
+        }
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      }
+
+      /* "ivshmem/channel/calls.pyx":373
+ *     try:
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
+ *         call.fail(explained(error))
+ *     return 0
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          goto __pyx_L15;
+        }
+        __pyx_L14_error:;
+        /*exception exit:*/{
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+           __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_14);
+          __Pyx_XGOTREF(__pyx_t_15);
+          __Pyx_XGOTREF(__pyx_t_16);
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __Pyx_XGOTREF(__pyx_t_19);
+          __pyx_t_9 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+          {
+            __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+          }
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_19);
+          __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
+          __Pyx_XGIVEREF(__pyx_t_14);
+          __Pyx_XGIVEREF(__pyx_t_15);
+          __Pyx_XGIVEREF(__pyx_t_16);
+          __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
+          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+          __pyx_lineno = __pyx_t_9; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+          goto __pyx_L5_except_error;
+        }
+        __pyx_L15:;
+      }
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      goto __pyx_L4_exception_handled;
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/calls.pyx":371
+ * cdef int reply_or_fail(Call call, object reply) except -1:
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:             # <<<<<<<<<<<<<<
+ *         call.reply(reply)
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L4_exception_handled:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/calls.pyx":375
+ *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+ *         call.fail(explained(error))
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":369
+ * 
+ * 
+ * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
+ *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     try:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_error);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":385
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -12884,24 +13251,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 367, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 385, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 367, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 367, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 385, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_kp_b__3));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 367, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12912,7 +13279,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 367, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 385, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12948,7 +13315,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __Pyx_RefNannySetupContext("reply", 0);
   __Pyx_INCREF(__pyx_v_data);
 
-  /* "ivshmem/channel/calls.pyx":376
+  /* "ivshmem/channel/calls.pyx":394
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
  *         cdef CallServer server = self.reader             # <<<<<<<<<<<<<<
@@ -12957,21 +13324,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.reader);
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 376, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 394, __pyx_L1_error)
   __pyx_v_server = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":377
+  /* "ivshmem/channel/calls.pyx":395
  *         """
  *         cdef CallServer server = self.reader
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if server.type is not None:
  *             data = server.type.encode(data)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":378
+  /* "ivshmem/channel/calls.pyx":396
  *         cdef CallServer server = self.reader
  *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -12982,7 +13349,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/calls.pyx":379
+    /* "ivshmem/channel/calls.pyx":397
  *         self.enter()
  *         if server.type is not None:
  *             data = server.type.encode(data)             # <<<<<<<<<<<<<<
@@ -12996,13 +13363,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 379, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":378
+    /* "ivshmem/channel/calls.pyx":396
  *         cdef CallServer server = self.reader
  *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -13011,14 +13378,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":380
+  /* "ivshmem/channel/calls.pyx":398
  *         if server.type is not None:
  *             data = server.type.encode(data)
  *         return self.send(data, REPLY)             # <<<<<<<<<<<<<<
  * 
  *     def fail(self, why):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 380, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13031,7 +13398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":367
+  /* "ivshmem/channel/calls.pyx":385
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -13053,7 +13420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":382
+/* "ivshmem/channel/calls.pyx":400
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -13101,32 +13468,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_why,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 382, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 400, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 382, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 382, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 400, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 382, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 400, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 382, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
     }
     __pyx_v_why = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 382, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 400, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13158,26 +13525,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":384
+  /* "ivshmem/channel/calls.pyx":402
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
- *         return self.send(str(why).encode()[:limit], FAILURE)
+ *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":385
+  /* "ivshmem/channel/calls.pyx":403
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
- *         return self.send(str(why).encode()[:limit], FAILURE)
+ *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
 */
 
@@ -13197,36 +13567,62 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_v_limit = __pyx_t_4;
 
 
-  /* "ivshmem/channel/calls.pyx":386
+  /* "ivshmem/channel/calls.pyx":404
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
- *         return self.send(str(why).encode()[:limit], FAILURE)             # <<<<<<<<<<<<<<
+ *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
  *     cdef object send(self, object data, unsigned status):
 */
-  __pyx_t_6 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 386, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = PyUnicode_AsEncodedString(((PyObject*)__pyx_t_6), NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 386, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_7 = __pyx_t_8;
+  __Pyx_INCREF(__pyx_t_7);
+  #if CYTHON_VECTORCALL
+  #endif
+  __pyx_t_9 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_backslashreplace};
+    #if CYTHON_VECTORCALL
+    __pyx_t_10 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 404, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_10);
+    #else
+    {
+      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+      __pyx_t_10 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 404, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+    }
+    #endif
+    __pyx_t_6 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_10);
+    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+    #if CYTHON_VECTORCALL
+    #endif
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = PySequence_GetSlice(__pyx_t_7, 0, __pyx_v_limit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_6, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 386, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_7;
+      __pyx_r = __pyx_t_6;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_7 = 0;
+  __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":382
+  /* "ivshmem/channel/calls.pyx":400
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -13238,6 +13634,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem.channel.calls.Call.fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -13247,8 +13645,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":388
- *         return self.send(str(why).encode()[:limit], FAILURE)
+/* "ivshmem/channel/calls.pyx":406
+ *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
  *         cdef Py_buffer view
@@ -13285,7 +13683,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/calls.pyx":391
+  /* "ivshmem/channel/calls.pyx":409
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -13299,17 +13697,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":392
+        /* "ivshmem/channel/calls.pyx":410
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *             try:
  *                 self.enter()
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":393
+        /* "ivshmem/channel/calls.pyx":411
  *         with cython.critical_section(self.reader):
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *             try:             # <<<<<<<<<<<<<<
@@ -13318,27 +13716,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":394
+          /* "ivshmem/channel/calls.pyx":412
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *             try:
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":395
+          /* "ivshmem/channel/calls.pyx":413
  *             try:
  *                 self.enter()
  *                 self.check_exports()             # <<<<<<<<<<<<<<
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":396
+          /* "ivshmem/channel/calls.pyx":414
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -13350,7 +13748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/calls.pyx":397
+            /* "ivshmem/channel/calls.pyx":415
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -13358,34 +13756,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                         f" {self.reader.channel.record.geometry.limit}"
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 397, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 415, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/calls.pyx":398
+            /* "ivshmem/channel/calls.pyx":416
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 398, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 416, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/calls.pyx":399
+            /* "ivshmem/channel/calls.pyx":417
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"
  *                         f" {self.reader.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *                     )
  *                 memcpy(
 */
-            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 399, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 417, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
             __pyx_t_9[1] = __pyx_t_7;
             __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_channel_s_limit_i;
             __pyx_t_9[3] = __pyx_t_8;
 
-            /* "ivshmem/channel/calls.pyx":398
+            /* "ivshmem/channel/calls.pyx":416
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
@@ -13398,7 +13796,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 398, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 416, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -13420,14 +13818,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 397, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 397, __pyx_L7_error)
+            __PYX_ERR(0, 415, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":396
+            /* "ivshmem/channel/calls.pyx":414
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -13436,7 +13834,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":401
+          /* "ivshmem/channel/calls.pyx":419
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
  *                 memcpy(             # <<<<<<<<<<<<<<
@@ -13445,7 +13843,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           (void)(memcpy((__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":409
+          /* "ivshmem/channel/calls.pyx":427
  *                     view.len,
  *                 )
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)             # <<<<<<<<<<<<<<
@@ -13455,7 +13853,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
         }
 
-        /* "ivshmem/channel/calls.pyx":411
+        /* "ivshmem/channel/calls.pyx":429
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
  *             finally:
  *                 PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13505,7 +13903,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_L8:;
         }
 
-        /* "ivshmem/channel/calls.pyx":412
+        /* "ivshmem/channel/calls.pyx":430
  *             finally:
  *                 PyBuffer_Release(&view)
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -13514,24 +13912,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         __pyx_v_self->__pyx_base.__pyx_base.live = 0;
 
-        /* "ivshmem/channel/calls.pyx":413
+        /* "ivshmem/channel/calls.pyx":431
  *                 PyBuffer_Release(&view)
  *             self.live = False
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             return code == 0
  * 
 */
-        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L4_error)
+        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":414
+        /* "ivshmem/channel/calls.pyx":432
  *             self.live = False
  *             self.reader.membership.flush()
  *             return code == 0             # <<<<<<<<<<<<<<
  * 
  *     def done(self):
 */
-        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -13546,7 +13944,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":391
+      /* "ivshmem/channel/calls.pyx":409
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -13570,8 +13968,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":388
- *         return self.send(str(why).encode()[:limit], FAILURE)
+  /* "ivshmem/channel/calls.pyx":406
+ *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
  *         cdef Py_buffer view
@@ -13597,7 +13995,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":416
+/* "ivshmem/channel/calls.pyx":434
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -13659,7 +14057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":418
+  /* "ivshmem/channel/calls.pyx":436
  *     def done(self):
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -13672,14 +14070,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 418, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 436, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 418, __pyx_L1_error)
+  __PYX_ERR(0, 436, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":416
+  /* "ivshmem/channel/calls.pyx":434
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -13698,7 +14096,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":420
+/* "ivshmem/channel/calls.pyx":438
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -13760,7 +14158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/calls.pyx":422
+  /* "ivshmem/channel/calls.pyx":440
  *     def give_back(self):
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -13773,14 +14171,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 422, __pyx_L1_error)
+  __PYX_ERR(0, 440, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":420
+  /* "ivshmem/channel/calls.pyx":438
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -13799,7 +14197,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":424
+/* "ivshmem/channel/calls.pyx":442
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -13854,33 +14252,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 442, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 442, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 424, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 442, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 442, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13913,22 +14311,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  int __pyx_t_11;
-  size_t __pyx_t_12;
+  size_t __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/calls.pyx":425
+  /* "ivshmem/channel/calls.pyx":443
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
  *             self.fail(
- *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
+ *                 "the server gave no reply" if kind is None else explained(error[0])
 */
   if (__pyx_v_self->__pyx_base.__pyx_base.live) {
   } else {
@@ -13945,20 +14339,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":426
+    /* "ivshmem/channel/calls.pyx":444
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:
  *             self.fail(             # <<<<<<<<<<<<<<
- *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
+ *                 "the server gave no reply" if kind is None else explained(error[0])
  *             )
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
 
-    /* "ivshmem/channel/calls.pyx":427
+    /* "ivshmem/channel/calls.pyx":445
  *         if self.live and self.exports == 0:
  *             self.fail(
- *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"             # <<<<<<<<<<<<<<
+ *                 "the server gave no reply" if kind is None else explained(error[0])             # <<<<<<<<<<<<<<
  *             )
  * 
 */
@@ -13967,57 +14361,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply);
       __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply;
     } else {
-      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 427, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 445, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 427, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 445, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 427, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 427, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_9[0] = __pyx_t_7;
-      __pyx_t_9[1] = __pyx_mstate_global->__pyx_kp_u__2;
-      __pyx_t_9[2] = __pyx_t_8;
-      __pyx_t_10 = 2;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[2]);
-      #endif
-      __pyx_t_11 = 0;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[2]);
-      #endif
-      __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_11);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 427, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_5 = __pyx_t_6;
-      __pyx_t_6 = 0;
+      __pyx_t_5 = __pyx_t_7;
+      __pyx_t_7 = 0;
     }
 
-    __pyx_t_12 = 0;
+    __pyx_t_8 = 0;
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":425
+    /* "ivshmem/channel/calls.pyx":443
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
  *             self.fail(
- *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
+ *                 "the server gave no reply" if kind is None else explained(error[0])
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":424
+  /* "ivshmem/channel/calls.pyx":442
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -14034,7 +14407,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.calls.Call.__exit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -14043,7 +14415,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":430
+/* "ivshmem/channel/calls.pyx":448
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -14076,7 +14448,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":431
+  /* "ivshmem/channel/calls.pyx":449
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -14107,7 +14479,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":432
+    /* "ivshmem/channel/calls.pyx":450
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")             # <<<<<<<<<<<<<<
@@ -14119,12 +14491,12 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 432, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":431
+    /* "ivshmem/channel/calls.pyx":449
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -14132,7 +14504,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":430
+  /* "ivshmem/channel/calls.pyx":448
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -15816,11 +16188,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5calls_Call.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Call_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 360, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 378, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = &__pyx_type_7ivshmem_7channel_5calls_Call;
   #endif
@@ -15828,7 +16200,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call);
@@ -15838,9 +16210,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15891,14 +16263,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 326, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async);
@@ -16933,36 +17305,36 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":325
- *                 call.reply(reply)
+  /* "ivshmem/channel/calls.pyx":326
+ *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":343
- *                 call.reply(reply)
+  /* "ivshmem/channel/calls.pyx":344
+ *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 343, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -16992,80 +17364,80 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":367
+  /* "ivshmem/channel/calls.pyx":385
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
  *         """Send the reply.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":382
+  /* "ivshmem/channel/calls.pyx":400
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 382, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":416
+  /* "ivshmem/channel/calls.pyx":434
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 434, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 434, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":420
+  /* "ivshmem/channel/calls.pyx":438
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":424
+  /* "ivshmem/channel/calls.pyx":442
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if self.live and self.exports == 0:
  *             self.fail(
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -17205,7 +17577,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/calls.pyx":367
+  /* "ivshmem/channel/calls.pyx":385
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -17214,7 +17586,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_kp_b__3};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 367, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 385, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -17255,38 +17627,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{3}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{55},{49},{237},{53},{9},{11},{122},{29},{58},{108},{22},{138},{22},{109},{22},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{46},{49},{237},{58},{9},{11},{122},{29},{58},{108},{22},{138},{22},{99},{22},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1747 bytes) */
-static const char cstring[] = "x\332\275VKs\033\307\021&-F\002)J\002D\206\262\024\307\036H\221D\312\014]\260 \261,W*A\211\246T)\307!b\330,I\251\254\006\273\003`\315\305.\2603x9qEG\036\3678\3079\356q\2178\342\310\343\036q\324O\340OH\367\354\002\004E\321\345\362!\250\002\321\323\323\217o\276\356\236!\251\016\004\343\233\204\272\026\021\rF\314\006u]\346\334\347\304\261\233\266 6\047\204\023\376%Y\027>c\244\346\323z\223\271bc\353\tyB`\277G91\251k2\307a\326\023\342z\304g-g@l\027\3661 g~\227\371\244FmmpJ)\032T\220\006\265H\225\325;.\351\331\242A\222\234u\317e_\222^\203\201\265\217:\313N\360\365<\377\000\r\\O\220\003\327\353\271\177\376\006L\367l\363\300\261\335:\361j\204\013\277c\n\322d\315*\363\001z\307l\020\000\311\231S\333j2\316i\235m\352\205\240\007\314%\315\016\027\220\237\260~\313\261M[\000v\237\265;\214\013f%\210\376B;\3023Z\230\202\255W\374\016\333\240d\217\271\026\344{J\035\007\3214\251\305Hu@p\315\374-\336\251\002w\024\210\201m\260\344I\240\327\232\232\327\304\363\311k\344\3435M\311\002\324t\302I\003\260\236\242C\007\001\013\313\346\264\3520\346\342\337\272i\363D\262\354.o\300a\267\230\357{>\237\254\004\353\213T\376,\255\351g\030\211o\265\006}\250\322y\33143\r\346X\tG>\203\223\371Xa$\034h2=\027\374\220\033\341\001\350\275\201hx.\361\252?0\340\274\006\047k\245\245\320\356-\337\253\202\351\257u\357\371\266\370u\331g\232\014\371\237Y\326i\227M\333\024\353\205\337-\303`}[\030F\272\360\231\3251\231a\352\370S-g\202\013*\336\321[\320\177Z\300\222j\241nw\231Q\245\346\201^M\023\355\352\021@\351[\r\345Dz\177\306\351\336{\363\246\273\372T\357\256\r\312\007\2569\243\305V\177gyb\223 9\017\305\371\010`\307L\371K\305\331\230\351\020\234Z$\373\177K\206\260\342y_{n}f\222f\304\263XNo\236\0014\273\235\334G\2474\216\307\331\254\002\2136\273\366\031\3578\342\254&A\234\320\366\265\307\241C\366\006}\370\356\330\2460\276\201\031\373\007\253\031\206\356OD\003\037\332\243\330H\223\2062\214Z\3075\361\267>\201\014\237&\265]\375\353Y\035Gk\\\332\324\2770\235Fj\206bW\340\214\343F\273C\235\211QJ\215q\206\244\251\202\365q""\001,M\003\363\231\364g\3303\014x\004\020\255\315\r\323\363\275\216\260]\246\217n{[S\005\3277\005\026\372\244\330\t\327x\375\2330w\314\200s\t\237\232\014\333_\263nQ\001W\210\351Y\0149g.J\372\252J\356+\034\032dH\330\320\013@\321tv\032\036\334H\2549\275\320\322KL\367\031?\260]\313a5\241\337\250\246\007\354{\256m\272\014\252\344BQZ\016\360\333\362Z8z\200EO`R\317\331\252\342\025\303\361v\300\352\316\314MrQ\000G\026\253Q\260\346-\333M\372w\266\213q\206N\346H\277%x\347\212\206\357\365\204\335d\370\005\332\272\324\3510\375\207wm\326\3535\006{\203\277\047\367\325\203\365\364\251JJ\r\267\230\261\235\236\326\330N\217k\024\021\240\3614Y}\005\217\364\203Mr\022\341<yc\356\377\221e\223\234\016\335\002j\374:\177O\374B\221\303\313\005<\326\rA\371\0017:\256\260\035\335,@\023y0\r\000]@\035\035ec.\261\341\036p\331\000\317\271S>\277\340P\217\341\025\007\332\215\212~\347\037\254\357\r*\203\026;\017\374\317\206x\n\r\325\004\014)5\251\347\304<\371G\002\336&\256\251\327K\303\253\275\231\037/,\035~\032\224\337\224\306\231\313\207\305\303nP\221\253\362\2052\303\334x9\033\374&(\217\263[!\213\036F?\214>\030\345G\305\321\177\342o+q\345E\374\342e\374\362\025\270\375n#\314\035\1774\267\270\254\275\313\361\332\247\341\027\321\3560?,\214\227W\202\3028s\355\260\037\264\345EYS%\205y\356\024\242\334\361\255\271\305\217ey\222s_\226\320\270\030t\3443UP%t\372\267\\Wy\005\376\313\207\317\003\320\334\222y\371X\345\324\275p~\234YDp\027\003:^\276v\370#\000\376N\335V;a&\272\024\rF\363\343\354Z`\311\r\010\264\003\266`\270\004\256\005\271\2536B\300t=\310C\"\016\252m\365\007U\013w\242\211\r\376\\\225\226\322\302eY\224m\0242r\001\321\241\240\r\227\345\216\272\244\3323\032 )\250\201\366\242\242\372\310o\227?\222%Y\226\364M\351-\240\337\r\362\343\014\250\203\035yI\366U/\264\243\376\260\215G\024\301#9/W\300\270\242n\204\037\204\267\303\347Q)qz\026\024P\270zh\003w\363(\336\224\271\361\225\273\252\202\205A\327\307\340\270\2432\341\205\360Qt!*Fb\270=\272\177\224\033go\004\263\340\026\345- \342\257!\rET\320\236\361\312""\035\344\030\"\335\210\026\207\253\303WG\363\350\266\032<\223_\250ga!adE\047@4\223\244)\341X\246\276\344\352\216*\307\013\000\352\370\372\334\342m\265\252\312\343\311Y/\037>\016\326\202\236\244I\224\337\312\272*\0035\323\003\257\311v\274\360{\371\257\260\000mp\365\336\311\221p\363&\024\370\002\324\tj\350@\375\237\204\345\320\212?\177\016\030o\304{\345\304n[\336W\271\244\312\371\004\320\217\000`?\334\215\356D/\207b\264}t\367\250\027\177\277\037\357\277\212_\3753^\310\253\334[\310\376_Ie7=v\016\265\037\207\355\343\017\347\026s@\322\232\374),%\020\267u\243\335\014\357\206m\335h\223\003o\204\017\303j\224\031^\0346\217\n\211\272\247#~\027\346\307\327\262\320Y\361\365\207P\210\336\2601\242\330g\233\300@\026\333\266\030\177\362(*G\365\341\376\2504*\217WV\265y6\270\204\225\272\022/@=\020\337O\320\010\337\253\242\032$\370\356)7*\035\257\316-.Mf\243\004\203\311B]\305N\360\024\234\263@\334\225q\366C\231Q\363\300\200&r%\370\223\232\307r~%s\362\266\356-\034\232\345\250\024\351\324\351N\036\234\337\202\274\213\263\021/\300\020\237\206\2604\314\307K\177\014\313\361\322\347Q\376\177\003\0306]";
-    PyObject *data = __Pyx_DecompressString(cstring, 1747, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1743 bytes) */
+static const char cstring[] = "x\332\275VKs\033\307\021&J\264\004P\224\004\210\014i\311\217\014\254H\"e\2326$J,\313\225JP\244)W\312q\210\2046\223(\225\325`w\000\254\271\330\005vf\361p\312\025\035y\334\343\034\347\270\307=\342\210#\2178\342\250\237\300\237\220\356\331\005\010\212b*\345CP\005\242\247\247\037\337|\335=CR\355\013\3067\010u-\"\032\214\230\r\352\272\314y\310\211c7mAlN\010\047\374+\262&|\306H\315\247\365&s\305\372\346s\362\234\300~\227rbR\327d\216\303\254\347\304\365\210\317ZN\237\330.\354c@\316\374\016\363I\215\332\332\340\234R4\250 \rj\221*\253\007.\351\332\242A\222\234u\317e_\221n\203\201\265\217:\313N\360u=\377\010\r\\O\220#\327\353\272\277\373\016L\367m\363\310\261\335:\361j\204\013?0\005i\262f\225\371\000=0\033\004@r\346\3246\233\214sZg\033z!\350\021sI3\340\002\362\023\326k9\266i\013\300\356\263v\300\270`V\202\350\3674\020\236\321\302\024l\355\300\017\330:%\373\314\265 \337\016u\034D\323\244\026#\325>\3015\3637yP\005\356(\020\003\333`\311\223@\25745\257\210\347\223W\310\307+\232\222\005\250\351\204\223\006`=G\207\016\002\026\226\315i\325a\314\305\277u\323\346\211d\331\035\336\200\303n2\337\367|>Y\t\326\023\251\374yZ\323\3171\022\337l\365{P\245\313\262if\032\314\261\022\216|\006\047\363\261\302H8\320dz.\370!7\302\003\320\373}\321\360\\\342U\177d\300y\rN\326JK\241\335[\276W\005\323_\352\336\365m\361\313\262\3174\031\362?\263\254\323\016\233\266)\326\013\277\233\206\301z\2660\214t\3413+0\231a\352\370S-g\202\013*\336\322[\320\177Z\300\222j\241nw\230Q\245\346\221^M\023\355\351\021@\351/\032\312\231\364\356\214\323\275w\346Mw\365\251\336^\033\224\367]sF\213\255\376\326\362\314&Ar\031\212\313\021\300\216\231\362\227\212\2631\323!8\267H\366\377\230\014\341\201\347}\353\271\365\231I\232\021/b9\277y\001\320\354vr\037\235\3238\036g\263\n,\332\354\332g<p\304EM\2028\241\355[\217C\207\354\367{\360\335\265Ma|\0073\366gV3\014\335\237\210\006>\264K\261\221&\re\030\265\3005\361\267>\201\014\237&\265]\375\353Y\201\2435.m\352_\230N#5C\261#p\306q\243\035Pgb\224Rc\\ i\252`=\\\000K\323\300|&\375\005""\366\014\003\036\001Dks\303\364|/\020\266\313\364\321mos\252\340\330\323\334\241\274\201=MM\246o\016,\374Y\361\023\356\36190a\016\231\001\347\024>\232\202\253\256\202E\005\\)\246g1\254\001sQ\322WWr\177\341\020!c\302\206\336\000\312\246\263\324\360\340\206b\315\351\005\227^j\272\357\370\221\355Z\016\253\t\375f5=\250\206\347\332\246\313\240j.\024\t\300\332n\313k\245\260\365D&\365\235\2552^9\034o\013\254\366\314\034%\027\007pf\261\032\005k\336\262\335\244\237g\273\032g\352l\256\364\333\202w\260h\370^W\330M\206_\240\261C\235\200\351?\274c\263n\267\321\337\357\377)\271\277\036\255\245OWRz\270\325\214\355\364\264\306vz\\c\013\001\032;\311\352kx\264\037m\220\263\010\227\311\353s\377\217,\033\344|\350\026P\343\327\371;\342\227\2668\274d\300c\335\020\224\037q#p\205\355\350f\001\232\310\243i\000\350\002\352\350(\353s\211\r\367\200\313\006x\316\235\363\371\037\016\365\014^u\240\3358\320\357\376\243\265\375\376A\277\305.\003\377_C\354@C5\001CJM\35291O\376\261\200\267\212k\352\365\322\360j\2573\343\371\205\343O\303\312\353\3628{\375x\353\270\023\036\310e\3717eF\205\361b>|/\254\214\363\233\021\213\237\304?\016s\047\205\223\373\047\355\321>Z\177\260\036\025N?\234\313-j\247\312h\345\323\350\313xoP\034\224\306\213Kai\234\275u\334\013\333\362\252\254\251\262B\207{\245\270pzw.\367\261\254LR\035\3122\032o\205\201|\241J\252\214N\377\222k\252\250\300\177\361\370\233\0204weQ>S\005\365 \312\214\2639\304t5\244\343\305[\307?\001\316\357\325\047j7\312\306\327\342\37603\316\257\204\226\\\207@\273`\013\206\013\340Z\222{j=\002L\267\303\"$\342\240\332V\277Q\265h7\236\330\340\317Mi)-\\\227[\262\215BV\316#:\024\264\341\242\334U\327T{F\003\334\2045\320^UT\037\371\315\342\207\262,+\222\276.\277\001\364{aq\234\005u\270+\257\311\236\352Fv\334\033\264\361\210\"|*3r\t\214\017\324j\224\211VG_\354\014\037\017\377zRI<_\204%\024n\036\333@`\006\305;\2620\276q_\035`Q\320\377\031x\357\252lt%z\032_\211\267b1\330\036><)\214\363\253\341,\302\234\274\013l\374!\242\221\210K\332s\264t\017\211\206H\253qn\260<xy\222A""\267\345\360\205\374R\275\210J\t-K:A\0312O\222\246\254c\255z\222\253{\2522\232\007P\247\267\347r\237\250eU\031O\016|\375\370Y\270\022v%M\242\374J\326U\005\370\231\236zE\266G\363\037\311\177F%\350\205\233\017\316\216\204\233w\240\312W\240XPH\007\232\340yT\211\254\321\343o\000\343*4]b\267-\037\252BR\352b\002\350\047\000p\030\355\305\367\342\277\017\304p\033Z\264;\372\341pt\370r\364\362\037\243\371\242*\274\201\354\377\226Tv\322c\027P\373q\324>}\177.W\000\222V\344\317Q9\201\270\255\273\355Nt?j\353n\233\034x=z\022U\343\354\340\352\240yRJ\324]\035\361\373\2508\276\225\207\366\032\335~\002\205\350\016\032C\212\315\266\001\014\344\261w\267F\277~\032W\342\372\340pX\036V\306K\313\332<\037^\303J\335\030\315C=\020\337\317\320\r?\250-\325O\360=Pn\\>]\231\313-L\006\244\014C\311\"]\305 \334\001\347<\020wc\234\177_fU\006\030\320D.\205\277U\031,\347\327\262\240\047\241\214\t\323u\021\\\336\344?\202\016\205\221\034\315\303\374\236O\2740(\216\026>\213*\243\205\307q\361?\257\3167\032";
+    PyObject *data = __Pyx_DecompressString(cstring, 1743, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2249 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\373sh\352\000.erro{rs\006\005text\023\004\365/\315D/F\001s.py\361x\243@V\025\242\"held\226\236#re\327\000r\336A\355!b\346\235`on\314@\230!to \376\205 ython oWbje\361 f\327\000p\204D\036\353\"prob\304 \236`\n2\037writeI2\357h\374!\036\376hgave\236\204\006\274A\300A\377.__exit_\375_\006\004reduce\363_c\331\002\r\006sets\367tat\t\014done\370?\002\337\204\001H\002give_\217backV\002\213\205\002\245aF\004\376\204\002\257aS\217\205\002\000\007|\000_\020 \003\300\230\000c\022\027\004\332\205\002?\010\352\205\002_a\017syncU\010\347\204\001\000\014\032\007\333er\260\204\004__\345\020er\016j\025er.\230\204\001\355\204\004\243\204\001H\t\350\376\204\004\205\205\n\222\003M\377\205\003Too\017Long\277\205\010\312\205\010\200/\017\013\360\372.0\t\212\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\360\206\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin]e\300bio.\010\006s\242\212\002\260\214\210\001\343G\366\212\003\373\212\001cl1\000_\276\325\000trace\373\204\001c\376\362!datadec7ode\245\205\001en\006\001\246\210\002\030\252\210\003\224\213\001\236!ti\211`""\240 \263\205\006\177howitem\310\210\006\374\222\214\004\356bskindl\367eft\237\214\002mono\377tonicnev\377ernextpl\016\335 pop\207\214\001\211\000\215\214\002\334C\010\342C\232\205\003\216\213\001s\232\212\001\236\214\001\255\205\010\254\214\003\177setdefa\223`\017spin\314\212\003\322\212\003\330\205\003\272\213\001\364\276\213\001\004\007n\360\211\001thro\237wtime\000\001\305 v\357alue\000\002svi\377ewwhyPyO\326\250\211\003*(\244\214\004_\346Bob\267j_7\306\212\004_7\201\216\004_\3554\273\213\001_C\220\216\003End\217 *, 8\007\000\t\014\t)\355\000\002a, \263\013pt_\357args\263\02014s\367lee\305 g_ta\377sks_untiYl\250b\250  *\373\004p\202a\333alA\002)\000\036\003so>\311 hing\000\047\n\230\201 \3776queues_\375T\343\216\002*(PyTyCpe\365%\255\r\3512;\005C\316`\017ming\372$\334\217\004\245E\303\217\003\377const *)\375\000\323\217\002_of\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2104\210v\220\377T\230\024\230Y\240c\250\377\021\330\014\020\220\005\220Q\377\330\020.\250e\2603\260\377j\300\002\300!\3004\300\377|\320ST\320TY\320\337YZ\320Z[4\000\033)\177\250\021\360\034\000\t\0149\002\377Q\320\026+\2509\260F\377\270!\2701\330\014\023\220\3771\330\010\017\210x\220q\177\230\006\230f\240A\240d\001\377#1\260\021\360\032\000\tw\036\230Ql\005W\230A)\001\3774\220u\230G\2401\240\376\211\000\017\210{\230(\240!\275\240=\000\014\210H\220\233\000\032\377\230!\2306\240\021\240&\337\250\001\330\010\t\231\001\006\220\277a\330\014\017\210z\256\000U\377\240\"\240D\250\010\260\007\377\260y\300\001\330\020\026\220\227d\230)F\000D)\000\303\000\n~8\0001\230F\240)\250\221\000\177\022\220!\2204\220sK\000\3777\240$\240f\250D\260\363\001\330\036\003\355\001\016\230d\240}!\366\001\013\2304\230q\377\001\367\010\230\004\232\001\020\220\010\230~$\002\014\230D\240\007\240\024\004\355\001\236$\220f\023\000\006\240a\376\356\002\340\014\034\230A\230Q\377\230a\200A\340\010\014\210\337F\220!\330\010\207 \220D\377\230\007\230x\240w\250i\357\260x\270q\224!t\2205\357\230\001\230\023*\000T\240\027\377""\250\002\250\"\250H\260A\356/\003G\2201:\001\016\210i\372\271 \001E\001\031\230\021\330\r\367%\240T\225A\017\210t\220\37566\000D\240\010\250\003\250\3775\260\003\2604\260t\270\3777\300\047\310\021\330\020\027\335\220\221\t\t\230\032\317 J\250\317a\250t\260\217@7\000\320\023\371#\340!G\000\027\260\t\270\024\357\270[\310\0013\001\024\220G\277\2309\240G\2501\214#\023X\\\002\212\001m\005\020\220\354\"\023\273 \377x\230s\240#\240Q\320\375\004\222\000\360\022\000\t\"\240\363\024\240\312@\345\004\013\2106\220\357\026\220w\230\211\"6\230\025\217\230g\240Q\230 \206`\353\003\026\377\230q\320\004\035\230^\250M1\204`\016&\311\007\212!\031\336@\351\003\245@\301@l\375@:\250Q\337\250d\3202H\241\000\027\320\373PQ\354At\2207\230\047\253\240\021\340C!\262cz~\000W\377\250F\260#\260Z\270t\377\3007\310%\310w\320V\377W\320W[\320[\\\320\377\004!\240\021\340\010\017\210_\177\230a\230v\360\004\021\022\001\377\036\250q\360\030\000\t\021\177\220\t\230\026\230}\250\362b|Z\001\345a\031\250%\250q\344b\376\351\005)\2503\250b\260\010_\270\006\270m\310\327\204\0024\340\001\376O\000U\250!\330\017\020\330\337\014\022\320\0223\206@w\270\267h\300a\013\000\220,\377\000\020\376\263\204\0014\320\0375\260Q\260\377g\270W\300A\300Q\330\273\023\024*\002\020\220\007\246A\r\323\320\004\215@\234\001}\263`V\240\3474\240y\224@\235\000&\240n\177\260A\360\024\000\t\n\224\205\005\337A\230Y\240e\300\204\001\017\210\367u\220C\344@\020\021\330\014\377\r\330\020\030\230\010\240\001\374\200@\227b\023\220=\240\001\330\377\020\024\220E\230\021\230\"<\327b\261\205\001\014\260A\260v\002\023\004_!\330\020\021\340#\000F\230\205\001\337\320\004)\250\021u\013\n\270\377!\320\n-\250Q\320\n\0072\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2249, 3458);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2248 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\373sh\352\000.erro{rs\006\005text\023\004\365/\315D/F\001s.py\361x\243@V\025\242\"held\226\236#re\327\000r\336A\355!b\346\235`on\314@\230!to \376\205 ython oWbje\361 f\327\000p\204D\036\353\"prob\304 \236`\n2\037writeI2\357h\374!\036\376hgave\236\204\006\274A\300A\377.__exit_\375_\006\004reduce\363_c\331\002\r\006sets\367tat\t\014done\370?\002\337\204\001H\002give_\217backV\002\213\205\002\245aF\004\376\204\002\257aS\217\205\002\000\007|\000_\020 \003\300\230\000c\022\027\004\332\205\002?\010\352\205\002_a\017syncU\010\347\204\001\000\014\032\007\333er\260\204\004__\345\020er\016j\025er.\230\204\001\355\204\004\243\204\001H\t\350\376\204\004\205\205\n\222\003M\377\205\003Too\017Long\277\205\010\312\205\010\200/\017\013\360\372.0\t\212\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\360\206\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin]e\300bio.\010\006s\320\204\001\337slash\340\212\001ac\301e\262\212\002\234\210\001\363G\206\213\003\213\213\001cl\332A\000_\345\000tr\047\001ac\373kc\202Adatad\337ecode\265\205\001en`\006\001\266\210\002\272""\210\003\244\213\001\256!ti\231`\374\260 \303\205\006howite\361m\330\210\006\242\214\004\376bskin\337dleft\257\214\002mo\377notonicn\377evernext;pl\355 pop\260\004\235\214\002\020\354C\362C\252\205\003\236\213\001s\252\212\001\256\214\001\275\205\010\376\274\214\003setdefa\036\243`spin\334\212\003\342\212\003\350\205\003\350\312\213\001\316\213\001\004\007n\200\212\001thr?owtime\000\001\325 \337value\000\002sv\377iewwhyPy\255O\270\211\003*(\264\214\004_\366Boobj_7\326\212\004_7\221\216\004\333_4\313\213\001_C\240\216\003En\037d *, 8\007\000\t\014\t\333)\000\002a, \263\013pt\337_args\263\02014\357slee\305 g_t\377asks_unt\263il\250b\250  *\373\004p\266\202aalA\002)\000\036\003s}o\311 hing\000\047\n\376\230\201 6queues\373_T\363\216\002*(PyT\207ype\365%\255\r\3512;\005C\036\316`ming\372$\354\217\004\245E\376\323\217\003const *\373)\000\343\217\002_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\013\2104\210v\377\220T\230\024\230Y\240c\377\250\021\330\014\020\220\005\220\377Q\330\020.\250e\2603\377\260j\300\t\310\021\310%\357\310q\320P*\001\033)\250\277\021\360\034\000\t\0140\002Q\377\320\026+\2509\260F\270\377!\2701\330\014\023\2201\377\330\010\017\210x\220q\230\277\006\230f\240A\240[\001#\3771\260\021\360\032\000\t\036\273\230Qc\005W\230A)\0014\177\220u\230G\2401\240\200\000\377\017\210{\230(\240!\240\336=\000\014\210H\220\222\000\032\230\377!\2306\240\021\240&\250\357\001\330\010\t\220\001\006\220a\337\330\014\017\210z\245\000U\240\377\"\240D\250\010\260\007\260\377y\300\001\330\020\026\220dK\230)F\000D)\000\272\000\n8\000\2771\230F\240)\250\221\000\022\277\220!\2204\220sK\0007\377\240$\240f\250D\260\001\371\330\036\003\344\001\016\230d\240!\276\355\001\013\2304\230q\366\001\010{\230\004\232\001\020\220\010\230$\002\277\014\230D\240\007\240\024\004\001v\225$\220f\023\000\006\240a\356\002\377\340\014\034\230A\230Q\230\377a\200A\340\010\014\210F\357\220!\330\010\207 \220D\230\377\007\230x\240w\250i\260\367x\270q\224!t\2205\230\367\001\230\023*\000T\240\027\250\377""\001\250\027\3200C\3002\357\300X\310Q4\003G\2201\256?\001\016\210i\276 \001J\001\031\177\230\021\330\r%\240T\221A\337\017\210t\2206;\000D\240\377\010\250\003\2505\260\003\260\3774\260t\2707\300\047\310\337\021\330\020\027\220\226\t\t\230\375\032\324 J\250a\250t\260\234\224@7\000\320\023#\345!G\000\027\377\260\t\270\024\270[\310\001\3763\001\024\220G\2309\240G+\2501\221#\023\\\002A\305\000m\005\353\020\220\361\"\023\300 x\230s\277\240#\240Q\320\004\222\000\360\177\022\000\t\"\240\024\240\317@\376\352\004\013\2106\220\026\220w\375\230\216\"6\230\025\230g\240\361Q\235 \213`\360\003\026\230q\320\277\004\035\230^\2501\211`\016)&\311\007\217!\031\343@\003\252@\306@\375l\202`:\250Q\250d\320\3132H\241\000\027\362`\361At\220_7\230\047\240\021\345C!\267c\375z~\000W\250F\260#\260\377Z\270t\3007\310%\310\377w\320VW\320W[\320\377[\\\320\004!\240\021\340\377\010\017\210\177\230a\230v\372\360\004\021\022\001\036\250q\360\030\377\000\t\021\220\t\230\026\230\343}\250\367bZ\001\352a\031\250%\363\250q\351b\351\005)\2503\250\377b\260\010\270\006\270m\310\362\334\204\0024\340\001O\000U\250!\330\377\017\020\330\014\022\320\0223\276\206@w\270h\300a\013\000\220\365,\377\000\020\270\204\0014\320\0375\377\260Q\260g\270W\300A\337\300Q\330\023\024*\002\020\220\235\007\246A\r\320\004\215@\234\001}>\270`V\2404\240y\224@\235\000\377&\240n\260A\360\026\000\373\t\n\231\205\005A\230Y\240e\276\305\204\001\017\210u\220C\344@\020\377\021\330\014\r\330\020\030\230\347\010\240\001\200@\227b\023\220=\377\240\001\330\020\024\220E\230\345\021\205\205\002Am\001\t\004!\330\020\277\021\340\020\035\230Q\217\206\001\320\357\004)\250\021k\013\n\270!\377\320\n-\250Q\320\n2\003\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2248, 3460);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3458 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, P""yObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2505\260\003\2604\260t\2707\300\047\310\021\330\020\027\220q\330\014\020\220\010\230\001\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T""\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3460 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject ""*, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\001\250\027\3200C\3002\300X\310Q\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2505\260\003\2604\260t\2707\300\047\310\021\330\020\027\220q\330\014\020\220\010\230\001\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401""\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 138; i++) {
+    for (int i = 0; i < 139; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -17297,8 +17669,8 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 138; i < 159; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-138].length;
+    for (int i = 139; i < 160; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-139].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17308,14 +17680,14 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 159; i++) {
+    for (Py_ssize_t i = 0; i < 160; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 138;
+      PyObject **table = stringtab + 139;
       for (Py_ssize_t i=0; i<21; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -17407,7 +17779,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call_async, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 325};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 326};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve_async, __pyx_mstate->__pyx_kp_b_iso88591_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -17479,10 +17851,10 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 343};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
@@ -17497,29 +17869,29 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 367};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 385};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_server};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 382};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 400};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_why, __pyx_mstate->__pyx_n_u_limit};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_HA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 416};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 434};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 420};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 438};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 424};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 442};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};

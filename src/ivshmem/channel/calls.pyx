@@ -302,7 +302,8 @@ cdef class CallServer(ClaimingEnd):
         """Reply to calls with what `function` returns, one after the other.
 
         What it raises is told to the caller, whose `result` raises CallFailed; it ends this call
-        only if it is no Exception (KeyboardInterrupt, SystemExit).
+        only if it is no Exception (KeyboardInterrupt, SystemExit). So is a reply that is too long,
+        or no buffer.
 
         Args:
             function: takes a request (bytes, or what the type makes of them), returns a reply.
@@ -315,12 +316,12 @@ cdef class CallServer(ClaimingEnd):
             try:
                 reply = function(call.get())
             except Exception as error:
-                call.fail(f"{type(error).__name__}: {error}")
+                call.fail(explained(error))
             except BaseException:
                 call.fail("the server ends")
                 raise
             else:
-                call.reply(reply)
+                reply_or_fail(call, reply)
 
     async def serve_async(self, function, timeout=None):
         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
@@ -333,12 +334,12 @@ cdef class CallServer(ClaimingEnd):
                 if hasattr(reply, "__await__"):
                     reply = await reply
             except Exception as error:
-                call.fail(f"{type(error).__name__}: {error}")
+                call.fail(explained(error))
             except BaseException:
                 call.fail("the server ends")
                 raise
             else:
-                call.reply(reply)
+                reply_or_fail(call, reply)
 
     def take_async(self, timeout=None):
         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -355,6 +356,23 @@ cdef class CallServer(ClaimingEnd):
 
     def __anext__(self):
         return self.take_async()
+
+
+cdef str explained(object error):
+    """Return what a caller is told of an exception."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of its __str__
+        return type(error).__name__
+
+
+cdef int reply_or_fail(Call call, object reply) except -1:
+    """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+    try:
+        call.reply(reply)
+    except (MessageTooLong, TypeError, ValueError, BufferError) as error:
+        call.fail(explained(error))
+    return 0
 
 
 @cython.no_gc_clear
@@ -383,7 +401,7 @@ cdef class Call(Taken):
         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
         self.enter()
         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
-        return self.send(str(why).encode()[:limit], FAILURE)
+        return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 
     cdef object send(self, object data, unsigned status):
         cdef Py_buffer view
@@ -424,7 +442,7 @@ cdef class Call(Taken):
     def __exit__(self, kind, *error):
         if self.live and self.exports == 0:
             self.fail(
-                "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
+                "the server gave no reply" if kind is None else explained(error[0])
             )
 
     def __del__(self):

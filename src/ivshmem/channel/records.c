@@ -4447,7 +4447,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[139];
+    PyObject *__pyx_string_tab[141];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4572,98 +4572,100 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_append __pyx_string_tab[44]
 #define __pyx_n_u_area __pyx_string_tab[45]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[46]
-#define __pyx_n_u_bit __pyx_string_tab[47]
-#define __pyx_n_u_block __pyx_string_tab[48]
-#define __pyx_n_u_bytes __pyx_string_tab[49]
-#define __pyx_n_u_calls __pyx_string_tab[50]
-#define __pyx_n_u_channel_2 __pyx_string_tab[51]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[52]
-#define __pyx_n_u_close __pyx_string_tab[53]
-#define __pyx_n_u_closing __pyx_string_tab[54]
-#define __pyx_n_u_code __pyx_string_tab[55]
-#define __pyx_n_u_connections __pyx_string_tab[56]
-#define __pyx_n_u_create __pyx_string_tab[57]
-#define __pyx_n_u_created __pyx_string_tab[58]
-#define __pyx_n_u_decode __pyx_string_tab[59]
-#define __pyx_n_u_discard __pyx_string_tab[60]
-#define __pyx_n_u_encoded __pyx_string_tab[61]
-#define __pyx_n_u_errors __pyx_string_tab[62]
-#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[63]
-#define __pyx_n_u_find __pyx_string_tab[64]
-#define __pyx_n_u_force __pyx_string_tab[65]
-#define __pyx_n_u_format_size __pyx_string_tab[66]
-#define __pyx_n_u_found __pyx_string_tab[67]
-#define __pyx_n_u_free __pyx_string_tab[68]
-#define __pyx_n_u_g __pyx_string_tab[69]
-#define __pyx_n_u_genexpr __pyx_string_tab[70]
-#define __pyx_n_u_geometry __pyx_string_tab[71]
-#define __pyx_n_u_get __pyx_string_tab[72]
-#define __pyx_n_u_gone __pyx_string_tab[73]
-#define __pyx_n_u_i __pyx_string_tab[74]
-#define __pyx_n_u_index __pyx_string_tab[75]
-#define __pyx_n_u_items __pyx_string_tab[76]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[77]
-#define __pyx_n_u_kind __pyx_string_tab[78]
-#define __pyx_n_u_layout __pyx_string_tab[79]
-#define __pyx_n_u_limit __pyx_string_tab[80]
-#define __pyx_n_u_listing __pyx_string_tab[81]
-#define __pyx_n_u_loans __pyx_string_tab[82]
-#define __pyx_n_u_membership __pyx_string_tab[83]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[84]
-#define __pyx_n_u_messages __pyx_string_tab[85]
-#define __pyx_n_u_most __pyx_string_tab[86]
-#define __pyx_n_u_n __pyx_string_tab[87]
-#define __pyx_n_u_name __pyx_string_tab[88]
-#define __pyx_n_u_next __pyx_string_tab[89]
-#define __pyx_n_u_open __pyx_string_tab[90]
-#define __pyx_n_u_options __pyx_string_tab[91]
-#define __pyx_n_u_overflow __pyx_string_tab[92]
-#define __pyx_n_u_overwrite __pyx_string_tab[93]
-#define __pyx_n_u_padded __pyx_string_tab[94]
-#define __pyx_n_u_pop __pyx_string_tab[95]
-#define __pyx_n_u_published __pyx_string_tab[96]
-#define __pyx_n_u_queue __pyx_string_tab[97]
-#define __pyx_n_u_readers __pyx_string_tab[98]
-#define __pyx_n_u_reading __pyx_string_tab[99]
-#define __pyx_n_u_record __pyx_string_tab[100]
-#define __pyx_n_u_remove __pyx_string_tab[101]
-#define __pyx_n_u_replace __pyx_string_tab[102]
-#define __pyx_n_u_ring_always __pyx_string_tab[103]
-#define __pyx_n_u_room __pyx_string_tab[104]
-#define __pyx_n_u_send __pyx_string_tab[105]
-#define __pyx_n_u_setdefault __pyx_string_tab[106]
-#define __pyx_n_u_silent __pyx_string_tab[107]
-#define __pyx_n_u_size __pyx_string_tab[108]
-#define __pyx_n_u_size_of __pyx_string_tab[109]
-#define __pyx_n_u_sleep __pyx_string_tab[110]
-#define __pyx_n_u_slots __pyx_string_tab[111]
-#define __pyx_n_u_state __pyx_string_tab[112]
-#define __pyx_n_u_taken __pyx_string_tab[113]
-#define __pyx_n_u_text __pyx_string_tab[114]
-#define __pyx_n_u_throw __pyx_string_tab[115]
-#define __pyx_n_u_time __pyx_string_tab[116]
-#define __pyx_n_u_time_ns __pyx_string_tab[117]
-#define __pyx_n_u_times __pyx_string_tab[118]
-#define __pyx_n_u_tries __pyx_string_tab[119]
-#define __pyx_n_u_type __pyx_string_tab[120]
-#define __pyx_n_u_unfinished __pyx_string_tab[121]
-#define __pyx_n_u_unit __pyx_string_tab[122]
-#define __pyx_n_u_units __pyx_string_tab[123]
-#define __pyx_n_u_update __pyx_string_tab[124]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[125]
-#define __pyx_n_u_value __pyx_string_tab[126]
-#define __pyx_n_u_values __pyx_string_tab[127]
-#define __pyx_n_u_views __pyx_string_tab[128]
-#define __pyx_n_u_writers __pyx_string_tab[129]
-#define __pyx_n_u_writing __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[136]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[137]
-#define __pyx_kp_b_iso88591__4 __pyx_string_tab[138]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[47]
+#define __pyx_n_u_bit __pyx_string_tab[48]
+#define __pyx_n_u_block __pyx_string_tab[49]
+#define __pyx_n_u_bytes __pyx_string_tab[50]
+#define __pyx_n_u_calls __pyx_string_tab[51]
+#define __pyx_n_u_channel_2 __pyx_string_tab[52]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[53]
+#define __pyx_n_u_close __pyx_string_tab[54]
+#define __pyx_n_u_closing __pyx_string_tab[55]
+#define __pyx_n_u_code __pyx_string_tab[56]
+#define __pyx_n_u_connections __pyx_string_tab[57]
+#define __pyx_n_u_create __pyx_string_tab[58]
+#define __pyx_n_u_created __pyx_string_tab[59]
+#define __pyx_n_u_decode __pyx_string_tab[60]
+#define __pyx_n_u_discard __pyx_string_tab[61]
+#define __pyx_n_u_encode __pyx_string_tab[62]
+#define __pyx_n_u_encoded __pyx_string_tab[63]
+#define __pyx_n_u_errors __pyx_string_tab[64]
+#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[65]
+#define __pyx_n_u_find __pyx_string_tab[66]
+#define __pyx_n_u_force __pyx_string_tab[67]
+#define __pyx_n_u_format_size __pyx_string_tab[68]
+#define __pyx_n_u_found __pyx_string_tab[69]
+#define __pyx_n_u_free __pyx_string_tab[70]
+#define __pyx_n_u_g __pyx_string_tab[71]
+#define __pyx_n_u_genexpr __pyx_string_tab[72]
+#define __pyx_n_u_geometry __pyx_string_tab[73]
+#define __pyx_n_u_get __pyx_string_tab[74]
+#define __pyx_n_u_gone __pyx_string_tab[75]
+#define __pyx_n_u_i __pyx_string_tab[76]
+#define __pyx_n_u_index __pyx_string_tab[77]
+#define __pyx_n_u_items __pyx_string_tab[78]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[79]
+#define __pyx_n_u_kind __pyx_string_tab[80]
+#define __pyx_n_u_layout __pyx_string_tab[81]
+#define __pyx_n_u_limit __pyx_string_tab[82]
+#define __pyx_n_u_listing __pyx_string_tab[83]
+#define __pyx_n_u_loans __pyx_string_tab[84]
+#define __pyx_n_u_membership __pyx_string_tab[85]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[86]
+#define __pyx_n_u_messages __pyx_string_tab[87]
+#define __pyx_n_u_most __pyx_string_tab[88]
+#define __pyx_n_u_n __pyx_string_tab[89]
+#define __pyx_n_u_name __pyx_string_tab[90]
+#define __pyx_n_u_next __pyx_string_tab[91]
+#define __pyx_n_u_open __pyx_string_tab[92]
+#define __pyx_n_u_options __pyx_string_tab[93]
+#define __pyx_n_u_overflow __pyx_string_tab[94]
+#define __pyx_n_u_overwrite __pyx_string_tab[95]
+#define __pyx_n_u_padded __pyx_string_tab[96]
+#define __pyx_n_u_pop __pyx_string_tab[97]
+#define __pyx_n_u_published __pyx_string_tab[98]
+#define __pyx_n_u_queue __pyx_string_tab[99]
+#define __pyx_n_u_readers __pyx_string_tab[100]
+#define __pyx_n_u_reading __pyx_string_tab[101]
+#define __pyx_n_u_record __pyx_string_tab[102]
+#define __pyx_n_u_remove __pyx_string_tab[103]
+#define __pyx_n_u_replace __pyx_string_tab[104]
+#define __pyx_n_u_ring_always __pyx_string_tab[105]
+#define __pyx_n_u_room __pyx_string_tab[106]
+#define __pyx_n_u_send __pyx_string_tab[107]
+#define __pyx_n_u_setdefault __pyx_string_tab[108]
+#define __pyx_n_u_silent __pyx_string_tab[109]
+#define __pyx_n_u_size __pyx_string_tab[110]
+#define __pyx_n_u_size_of __pyx_string_tab[111]
+#define __pyx_n_u_sleep __pyx_string_tab[112]
+#define __pyx_n_u_slots __pyx_string_tab[113]
+#define __pyx_n_u_state __pyx_string_tab[114]
+#define __pyx_n_u_taken __pyx_string_tab[115]
+#define __pyx_n_u_text __pyx_string_tab[116]
+#define __pyx_n_u_throw __pyx_string_tab[117]
+#define __pyx_n_u_time __pyx_string_tab[118]
+#define __pyx_n_u_time_ns __pyx_string_tab[119]
+#define __pyx_n_u_times __pyx_string_tab[120]
+#define __pyx_n_u_tries __pyx_string_tab[121]
+#define __pyx_n_u_type __pyx_string_tab[122]
+#define __pyx_n_u_unfinished __pyx_string_tab[123]
+#define __pyx_n_u_unit __pyx_string_tab[124]
+#define __pyx_n_u_units __pyx_string_tab[125]
+#define __pyx_n_u_update __pyx_string_tab[126]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[127]
+#define __pyx_n_u_value __pyx_string_tab[128]
+#define __pyx_n_u_values __pyx_string_tab[129]
+#define __pyx_n_u_views __pyx_string_tab[130]
+#define __pyx_n_u_writers __pyx_string_tab[131]
+#define __pyx_n_u_writing __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591_WAWA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5 __pyx_string_tab[136]
+#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[137]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[138]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[139]
+#define __pyx_kp_b_iso88591__4 __pyx_string_tab[140]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4712,7 +4714,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<139; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<141; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4769,7 +4771,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<139; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<141; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -7869,13 +7871,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  Py_ssize_t __pyx_t_3;
-  int __pyx_t_4;
-  char const *__pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  char const *__pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7884,41 +7886,63 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   /* "ivshmem/channel/records.pyx":145
  *     cdef ivshmem_record record
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
- *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
 */
-  if (unlikely(__pyx_v_name == Py_None)) {
-    PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_2 = __pyx_v_name;
+  __Pyx_INCREF(__pyx_t_2);
+  #if CYTHON_VECTORCALL
+  #endif
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_backslashreplace};
+    #if CYTHON_VECTORCALL
+    __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_4);
+    #else
+    {
+      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+      __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    #endif
+    __pyx_t_1 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_4);
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    #if CYTHON_VECTORCALL
+    #endif
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 145, __pyx_L1_error)
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
   /* "ivshmem/channel/records.pyx":146
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
- *     cdef bytes encoded = name.encode()
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
 
 
   /* "ivshmem/channel/records.pyx":147
- *     cdef bytes encoded = name.encode()
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *         memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
-  __pyx_t_4 = (__pyx_t_3 < IVSHMEM_CHANNEL_NAME);
+  __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_7 = (__pyx_t_6 < IVSHMEM_CHANNEL_NAME);
 
 
-  if (__pyx_t_4) {
+  if (__pyx_t_7) {
 
 
     /* "ivshmem/channel/records.pyx":148
@@ -7937,9 +7961,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
  *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
  *             return facts(&record)
 */
-    __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
-    __pyx_t_3 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
-    (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_5), __pyx_t_3));
+    __pyx_t_8 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_8) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
+    (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_8), __pyx_t_6));
 
 
 
@@ -7950,9 +7974,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
  *             return facts(&record)
  *     raise NoSuchChannel(name)
 */
-    __pyx_t_4 = (ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, (&__pyx_v_record)) == 0);
+    __pyx_t_7 = (ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, (&__pyx_v_record)) == 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_7) {
 
 
       /* "ivshmem/channel/records.pyx":151
@@ -7985,7 +8009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     }
 
     /* "ivshmem/channel/records.pyx":147
- *     cdef bytes encoded = name.encode()
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     membership.check()
  *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
@@ -8000,26 +8024,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
  * 
  * 
 */
-  __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = 1;
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = 1;
   #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_7))) {
-    __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
-    assert(__pyx_t_6);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-    __Pyx_INCREF(__pyx_t_6);
+  if (unlikely(PyMethod_Check(__pyx_t_2))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_2);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
+    __Pyx_INCREF(__pyx_t_4);
     __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-    __pyx_t_8 = 0;
+    __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
+    __pyx_t_3 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_v_name};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_name};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
@@ -8038,8 +8062,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.records.find", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -12072,38 +12096,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{9},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{106},{192},{376},{2},{2}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{9},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{110},{192},{376},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1520 bytes) */
-static const char cstring[] = "x\332eT\317s\3238\024\246CCC\033`\263[\266\205a\026\205\356l\013\013a2K\027\35020\245-?\227\266iZ:\354\305(\266\234\2108\222c\311I\323\003\323\243\217>\372\350\243\2179\346\230#\307\034s\344O\340O\330\0479\315v\226\314\304\262\344\367\364}\357{\237\204\260\343\021lu\021\366\010\262=B\020e\2103\202\\JL\202V\270\207\260\343 \204%jr!\0212\353\2301\342\010D\216(\314e\035\276P\211L\314P\035\267\311\355\277\320G\332\026\365&i\236\206\"G|D\016\004\013\324\321\321\002\262\010\300\301\013\200\371\202\254}\237C\231\315?\"\201\273\002U\273\220G\315:r=n\022!\210@+6\367LH\343\314\351\"j\243.\367Q\203\361NJ\207)\376\334V(M$$\367\210\002\222\034x\n\004 \334\203rY\027\n\362\310\355\273\360j\215\243\225\010xY\240\342\032\302\250Fx\223H\010\225c\322\214K\245\005\357\020k\r\255\251\242%n\300\326\317\266\271$i\324FW\3269S\301\026qh\225xX\022`(\244GMI<\025\304\320\356\326\356\275\007\217\036h\\\217|\"&\260\022~\325t\260\256\r\250T}\352H\220Fv]\"\212\350uZ #\304BP\205\013qg\023\2008C\202H]\3012\310\307%\226\2243\003\322)\253-#\213z\000B\333De\277\300\216 ElY\006\304\221S\271-*p\325!\204\251g\315\244\"}\263\306m)\022\317\343\2368\235\245\032\026\005=&\247k\367\307;\335\007(\356Y\242\350v\217\030G\036\347M\004\315\232\364Uq\364H\215\246*5\261\353BQ*@\271\020\330\352\226\256\201\326\223\014\345\254\252Jj\3626\261&\316\301\223\200\215t\334R\024O\337\2257\305\333\327\333\233\225\355\365w[\306\363\017\373[\225m^\361\315\3728bgw\377\365\316ve\347\375\326\336\213\277w\016\3674%\275\305\376\207\335q\202\241r+\206\261\333=\202\377&\264\320\330&Gr\217\330\2061\226\231\030\360\263}f\252\261\211)\323#\267|G\177a\270\251G\020\303hK\245\250\232\265|\354\234~\221DH\030\2500@6\356C\327\211\322\204Y\312\212Xt\231Iyq\362IT\251\254:\334lT\273\220h\202\033\305X\005\323\201\317\006\340K\017\233\244\212\315\206\351pA\324\003T5\271\005m\2018S\031C\230\2607\364^?-\365\305\202N\303v\236E\230\236\244\355\2661X\263\370\004\360\3003O\2135\302\310\221\353\331\224Y\372\370\301\243\211\245\241\\`s\037\026\341\366\250""\215\203N\017O\215\310\032\234F\n9p_H\322\234xh\314\2738\366K\003\"\034\0146\227\016mR\251\256\013\340\355p\314\004D\303I\022u\352\236\365]\023n\002\\\203\021n%\246\324\004\\\311A9\356\352\032\301,\236\r\207U\215\035\017\240]\360<\261\\\356\272~\025\266\257\023\253\345\023\237(\337\301\356c\373\245lR\257y\304u@K\017\226\r\354t\340*Rn\206\223a\301a\263\210\215}G\n\352\020&\323\203pL\014n\0138D\256p\270\024B\331C\335\020L\0023Y\367xGR\020\005\376\006\023jP\327\002<\340\220\373\014T\325\234|F\245\372\013\337\265 \337W5~\327\2026v|\242\037\242MIG\350\372<=\000\331\223\251\257\323\277D8:N\026zS\243\351\233\360\222\037M_\016\354p}4\235\r\262a&,\207VT\030e\347\206s7\243V|!vz\205^\251\267\331\2778\230\037\374\363\305\033\226+\303\312\301\360\340\375(7\017I\271\237C\034\266\243\362\327\334Oai4=\027<\010:\260\301J\\H\241\032I>)|\205\365G\341\263\270\020\227\342\215\270\225\\\352\275\357\227N\246\276e\317e\256\244\320\271@\343g\202\203\260\020\256E\207\361\026\360R\034\024\331V<\233,\367\026\372\347\373\245\376\253\301\306\240\245PIT\212\326\243\362\010p\037F\205h5\236\212o$\345\004\217r\371p!\232\212\362\212\214\002\371\341\\\346z4\017[\256O\n\2359\021A!x\034>\017\361({9\300\301Q(T\315\351\353\347\370Cb\366\362=%B\360$l\301f\327\343\207\300`\261\237\357\257\014\226\006\032tUa@\322\364lpO\305\000\322\374\244\234\231\223\343p\021(\300\216\2154jf8s\035h\226\2427q-9\354\275\324\245\254\217\262W\202vX\036e\240\376\3400|\033\211X\323h\252\342F\323\213\032\3436\250\366&\251\365\016\373\353\375\262\252\352\251\3322Z\003\2328\351\366\247\024\234\037l\004\2553\231gV\034\200\327]j}\273p.\223=\321\213\237\242LT\216\354\370ERP\252\320\260\225\362\277\252\330_\373\237\\\263 V)x\025n\204\235\010\247\323?A\343\3131M\2042\307\331%;\331HZ\312Z\263\301\335\260\021\347c\255\320\357\341~\264\030\347U\213/\206W\025\027U\371g\240\240\254xMo\002b\257\206\347\301D\271K\243l.x\001Fx\030-E{\240\311\235\344e\357q\377y\2776\330\203\346\377W\\*\336x\3769\252\304\231\270\222L\215e\030\336(\351&\236\325""\242\026\036F\233\340\224\274\312\355\244<\362@\250\nr(\240\245\370 \271\225\254Od\273\025\027\206K\253\275r\2571\310\017`~%h\205s\240\360V\374\343p\351\0178\026o\373\255AF\263\312-\200\013f\343\345\344j\202S\241\047\250\237\264\203J\303_\337})\177\321\002\336\t\267\240\207\277\301\351\302!\364\362_\374\206\246r";
-    PyObject *data = __Pyx_DecompressString(cstring, 1520, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1535 bytes) */
+static const char cstring[] = "x\332eT\317s\323F\024&CLLb\240nC\023\030\246\254I\247\t\024\314xJ\n\244\014LH\034~\225$\216\0232\364\"\326\322\312^,\357\312\332\225\035\347\300\344\250\243\216:\352\250\243\217>\372\310\321G\037\371\023\372\047\364\255$\273\231\3013\336_zo\337\367\276\367\275E\330r\0106z\010;\004\231\016!\2102\304\031A6%:Ak\334A\330\262\020\302\022\265\270\220\010\351\r\314\030\261\004\"\047\024\366\262\001_\250D:f\250\201;\344\356_\350\023\355\210F\213\264&\246\310\022\237\220\005\306\002uck\001^\004\302\301\002\202\271\202l|\357C\231\311?!\201{\002\325z\340G\365\006\262\035\256\023!\210@k&wtp\343\314\352!j\242\036wQ\223\361n\002\207)\374\334TQZHH\356\020\025Hr\300)\020\004\341\016\244\313z\220\220C\356\336\207\245\221Z+\022\360\252@\305\r\204Q\235\360\026\221`*S\320\214K\305\005\357\022c\003m\250\244%n\302\325/v\271$\211\325VO68S\306\006\261h\2158X\022@(\244CuI\034e\304\320~y\377\301\243\047\217\342\270\016\371Lt@%\334\232n\34187\200Rs\251%\201\032\331\263\211(\2427I\202\214\020\003A\0266\330\235w\000\340\014\t\"\343\014V\201>.\261\244\234i\340NY}\025\031\324\201 \264C\224\367\016\266\004)b\303\320\300\216L\3506\250\3005\213\020\246\306\272NE\2622\322\262\024\211\343pGLv\t\207EAO\311\344\354az\323C\010\305\035C\024\355\336\t\343\310\341\274\205\240X\323\272*\214\016\251\323\204\245\026\266mHJ\031(\025\002\332\270\244\033\300\365\324C)\253\246\234Z\274C\214\251r\360\324`+\231\313\n\342d\255\264)\336\275\331\335\256\356n\276/k/?\036\226\253\273\274\352\352\215\324bo\377\360\315\336nu\357C\371`\347\357\275\343\203\030R|\305\341\307\375\324AS\276UM\333\357\235\300\177\033J\250\355\222\023y@LMKi&\032\374L\227\351jna\312\342\231\033\256\025\177a\270\025\317@\206\326\221\212Q\265k\273\330\232|\221DH\230\250\320\2006\356B\325\211\342\204\031J\212X\364\230Nyq\372I\324\260\336\024P\367\206Cl\013\353\244Fe\315\342z\263\326\203\213tP\247HY\321-0\327\000\217t\224\031\270\351\026\027D\r\300\262\316\r(\023\330\351J(B\207X\240\205x4\324\027\003*\017\3279\006aj\223\214F\"\002\023\203`\213\317 *(""\351y\261N\0309\261\035\2232#nJ\030ZXjJ\033&w\341\020\336\224zj4i\251:\221u\350Q\n>\360\212H\322\232*+E_LU\324\004\013\013\203\370\245E[T\252G\004\320[\0343\001\326\320_\242A\355\363jl\301\373\200\3530\303[\305\024\307\020Wr\340\223\333q\246 !\307\204\026Vs\327\201\3206t\0021ln\333n\r\256o\020\243\355\022\227(5\302\355\251(\0234\211\002S\342\0358\326\260\325\205\007Ji\034\372\305\200\0264\210\211]K\nj\021&\223\3668%\0327\005\264\226-,.\205P\242Q\357\006\223\200L6\034\336\225\024H\201\277\306\204\232\324c\001\003\264\276\313\200\325\030\223\313\250T\177\341\332\006\370\273*\307\357J\320\301\226K\342At(\351\2128?\047\236\000\354\331\314\267\331_\002\034\234FK\375\231\361\354mX\344\307\263W=\323\337\034\317f\275\254\237\361+\276\021\024\306\331\205\321\302\355\240\035^\n\255~\241_\352o\017.\017\027\207\377|uF\225\352\250z4:\3720\316-\202S\356g\037\373\235\240\362-\367\223_\032\317.x\217\274.\\\260\026\026\222P\315(\037\025\276\301\371\023\377EX\010K\341V\330\216\256\364?\014Jg3\377f/d\256%\241s^\034?\343\035\371\005\177#8\016\313\200KaP`\333\341|\264\332_\032\\\034\224\006\257\207[\303\266\212J\202R\260\031T\306\020\367qP\010\326\303\231\360VT\211\3608\227\367\227\202\231 \257\300\250 ?\\\310\334\014\026\341\312\315\3608\332\234&;w&\274\202\367\324\177\351\343q\366\252\207\275\023_\250\274\223\345\227\360c\244\367\363}E\204\367\314o\303\2057\303\307\200by\220\037\254\rW\206q\340u\025\007\234f\347\275\007\312\006\242-NS\232;;\365\227\001\006\334\330L\254\346Fs7\001j)x\033\326\243\343\376\2538\235\315q\366\232\327\361+\343\014p\340\035\373\357\002\021\3060Z*\301\361\354r\034\343.0\3676\252\367\217\007\233\203\212\312\354\271\2722\330\000\2308\352\rfT8\327\333\362\332\347<\317\235X\020>\256T\373\337K\0272\331\263\370\360s\220\t*\201\031\356D\005\305\n\365\333\t\376\353\n\375\215\204\262)]\363@V\311{\355o\371\335\000\047\333?\201\347\253!\215\204\022\310\371#3\332\212\332J^\363\336}\277\031\346\303\230\241\337\375\303`9\314\2532_\366\257+,*\363/\000A\311\361F|\t\220\275""\356_\004!\345\256\214\2639o\007\304\3608X\t\016\200\223{\321\253\376\323\301\313A}x\000\002\370?\271\204\274t\377%\250\206\231\260\032\315\2444\214n\225\342\"\236\347\242\356\037\007\333\240\226\274\362\355&8\362\000\250\006t\250@+\341Qt\007\2042\241\355NX\030\255\254\367+\375\3460?\204\3755\257\355/\000\303\345\360\307\321\312\037\320\032\357\006\355a&F\225[\002\025\314\207\253\321\365\010\047DO\243~\216\025T\032\375\372\376k\345kL\340=\277\0145\374\r:\014\373P\313\377\000\033Q\261H";
+    PyObject *data = __Pyx_DecompressString(cstring, 1535, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1985 bytes) */
-static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\377sbitbloc\367kby6\000call\375s\211\206\004cline_\376}\000traceba\177ckclose\001\001\376\201`codecon\375n\203aonscre\327ate\000\003d\026\001de\377discarde\365n\047\001d\351Cfact\347s.<m\000\261`>.g\377enexprfi\373nd\372\205\002forma\273t_\202afou\022\000r\347eeg\036\004\265\205\005get\337gonei1\000exOitem\273f\301\207\004.\251d\335kS\000lay\377\000li\367mit\253\207\001ingl\377oansmemb\277ership\354im\177essages\222\210\001\371n\344!\232\000topen\353op\371\204\001s\252`rfl\333ow\004\001wrx\000pa\376\350\000dpoppub\377lishedqu\207eue\372\210\001[\000\370d\270\204\003r\275e\350arepl\311 r\377ing_alwa\373ys\312\204\001se""nds\377etdefaul\177tsilent\203\205\003\377ze_ofsle\377epslotssotate\236\207\001nt\262`\377throwtim\035e\000\001_ns\007\001\223\207\001\374@\237ypeun\323 \217\002u\367nit\000\001supd\317ateu\340\001\362.va\367lue\000\002svie\353ws\333\002r\002\002ing\377\200\001\340\004\036\230a\230\377z\250\027\260\001\330\004\037\376\006\000\021\330\004\016\210f\220\377A\330\004\010\210\010\220\005\377\220Q\220d\230!\330\010\377\013\320\013\037\230q\240\006\377\240l\260!\2601\260D\377\270\t\300\024\300Z\310r\377\320QS\320SU\320U\357V\330\014\0242\000\014\026\220\377a\220v\230Q\340\014\023\377\2201\330\004\013\2104\210\335w>\000(\240!e\003k\250\357\021\250!\340\025\0008\220?\377\240!\2401\240C\240q\377\250\r\260V\2701\200\001\337\360\010\000\005\017u\003\014\210\376{\002\005\210U\220!\220:?\230W\240E\250\021\177\002\251\001\377q\240\n\250\047\260\027\270\377\003\2701\270H\300C\300\373q\330s\000e\2301\230A\367\230Q\330u\0007\230!\230\3775\240\001\240\034\250Q\250\377a\330\014\021\220\027\230\001\355\230\324\000\013\210a\001\020\000\005\327\032\230\024P\000A\340\006\007\200\377s\210!\2109\220B\220\377a\330\010\016\210a\210x\363\220s\360\001\005\003~\240Y\250\357c\260\021\260\201!\210<\220\335qJ\000\032\2407\177\000\030\270\277\021\270(\300#\300p\0025<`\001\246 \004\n\210- \001\314\000}\024\306\006\007\200z\220\030\200\000\356Z\000k\230\021\"\001\007\320\007\375\032\244\0001\230J\240g\250\367W\260G\306\002A\330\010\017\277\210v\220Q\330\005\375\000\210\277W\220K\230s\240\370 \016\273\210m\331\001\330\004\030_\002)\376\263 J\250g\260W\270Ak\270Q\337!>O\001\230:\244\000\357a\250y\270\304@\007\200u\217\210C\210q\310\0013\004\007\010l\374\313@\241Bq\360\006\000\005\010\375\200\"\002j\230\005\230Q\230\337f\240F\250!\373Ai\220Uq\272\003\025\204a\031\240,\n\252 \3771\210H\220C\220w\230\273a\330\356\000!\2106\341 \016\317\240i\250s\231a\007\tf\250\367C\250q\327a\n\210,\220\347k\240\021\315\000\237 +\220T\367\230\030\240\347`\010\210\t\2209\025\257`\251\000\017\210~\200\000\207\204\001\375\031@""\002\010\013\2105\220\003\376\302`\014\r\330\010\014\210F\276\206`7\230#\230R\221 *\377\250G\2609\270B\270g\213\300R\372@\004\346\006\267#\t\004~\377\230S\240\005\240S\250\001\316\200$\320\0341\300B%\007\016\210\237g\220W\230D\247`\331`\017+\210w\202\003\021\216\000b\214 e\001\277#\240U\250\"\250\224@\016\375\210\262\"\"\240!\320#5\377\260Q\260k\300\021\300!\177\330\014\017\210q\220\013\366`\377E\240\022\320#3\2601\277\260K\270q\300\005\221\002\014\375\027\247`\n\240\047\250\025\250\351a\343#\213Fj\275b1\320$\357M\310Q\310\274\"*\220E~\224`&\240\006\240a\220\234`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1985, 2409);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2004 bytes) */
+static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\277sbacks\246`h\377replaceb\377itblockb}yF\000calls\231\206\004\277cline_\215\000t\371r#\0014\000close\374\001\001\221`codeco\373nn\223aonscr\257eate\000\003d\026\001d\377ediscard\323en\047\001\000\003d\377Cfa\237cts.<s\000\307`>\377.genexpr\357find\220\206\002for\357mat_\230afou\236\022\000reeg\036\004\313\205\005g\177etgonei1\000?exitem\321f\327\207\004u.\277dkS\000lay\225 \337limit\301\207\001in\377gloansme\377mbership\376\202\204\tmessage\345s\250\210\001n\372!\232\000top\257enop\217\205\001s\300`roflow\004\001wrx\000\373pa\356\000dpopp\377ublished\037queue\220\211\001[\000\216\204\004\346\316\204\003re\376a\362$r""in\377g_always\376\340\204\001sendset\377defaults\337ilent\231\205\003ze\377_ofsleep\377slotssta\333te\264\207\001nt\310`th\177rowtime\000\001\307_ns\007\001\251\207\001\222`yp\347eun\323 \217\002uni\375t\000\001supdat\363eu\340\001\362.valu\375e\000\002sviews\372\333\002r\002\002ing\200\001\377\340\004\036\230a\230z\250\277\027\260\001\330\004\037\006\000\021\377\330\004\016\210f\220A\330\377\004\010\210\010\220\005\220Q\377\220d\230!\330\010\013\320\377\013\037\230q\240\006\240l\377\260!\2601\260D\270\t\377\300\024\300Z\310r\320Q\377S\320SU\320UV\330\373\014\0242\000\014\026\220a\220\377v\230Q\340\014\023\2201\177\330\004\013\2104\210w>\000\367(\240!e\003k\250\021\250\373!\340\025\0008\220?\240!\377\2401\240C\240q\250\r\377\260V\2701\200\001\360\010\267\000\005\017u\003\014\210{\002\005\377\210U\220!\220:\230W\317\240E\250\021\177\002\251\001q\240\377\n\250\047\260\027\270\003\270\3771\270H\300C\300q\330\376s\000e\2301\230A\230Q\375\330u\0007\230!\2305\240\377\001\240\034\250Q\250a\330\177\014\021\220\027\230\001\230\324\000\373\013\210a\001\020\000\005\032\230}\024P\000A\240W\250A\344\006\377\007\200s\210!\2109\220\377B\220a\330\010\016\210a\317\210x\220s\364\001\005\003~\240\277Y\250c\260\021\260\205!\210w<\220qN\000\032\2407\203\000\377\030\270\021\270(\300#\300\362t\0025d\001\252 \004\n\210-\364 \001\320\000\024\312\006\007\200z\220\271\030\204\000Z\000k\230\021\"\001\007\367\320\007\032\250\0001\230J\240\337g\250W\260G\312\002A\330\377\010\017\210v\220Q\330\005\376\201 \210W\220K\230s\240\356\374 \016\210m\335\001\330\004\030\372_\002)\267 J\250g\260W\257\270A\270Q\343!>O\001\230\275:\244\000a\250y\270\310@\007?\200u\210C\210q\310\0013\004\362\007\010l\317@\245Bq\360\006\000\367\005\010\200\"\002j\230\005\230\177Q\230f\240F\250!\377AWi\220q\272\003\025\210a\031\255#\372\223f\n\252 1\210H\220C\337\220w\230a\330\356\000!\210}6\345 \016\240i\250s\235a\276\007\tf\250C\250q\333a\n?\210,\220k\240\021\315\000\237 \277+\220T\230\030\240\353`\010\317\210\t\220\025""\263`\251\000\017\210\351~\200\000\213\204\001\031@\002\010\013\210\3675\220\003\306`\014\r\330\010\367\014\210F\212`7\230#\230\375R\221 *\250G\2609\270_B\270g\300R\376@\004\346\006\374\267#\t\004~\230S\240\005\240wS\250\001\200$\320\0341\300B\376%\007\016\210g\220W\230D\\\253`\335`\017\210w\202\003\021\216\000\371b\214 e\001#\240U\250\"\370\246`\222`\262\"\"\240!\320#\3775\260Q\260k\300\021\300\377!\330\014\017\210q\220\013\376\372`E\240\022\320#3\260\1771\260K\270q\300\005\221\002\373\014\027\247`\n\240\047\250\025\323\250a\343#\213Fj\275b1\320\337$M\310Q\310\274\"*\220\375E\224`&\240\006\240a\220\000\234`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2004, 2435);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2409 bytes) */
-static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpoppublishedqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010""\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U""\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2435 bytes) */
+static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpoppublishedqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004""\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\240W\250A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025""\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 131; i++) {
+    for (int i = 0; i < 133; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
@@ -12114,8 +12138,8 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 131; i < 139; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-131].length;
+    for (int i = 133; i < 141; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-133].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12125,14 +12149,14 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 139; i++) {
+    for (Py_ssize_t i = 0; i < 141; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 131;
+      PyObject **table = stringtab + 133;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12254,7 +12278,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 137};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_padded, __pyx_mstate->__pyx_n_u_encoded};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_WAWA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 155};

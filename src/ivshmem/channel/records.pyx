@@ -142,7 +142,7 @@ def find(Membership membership not None, str name):
     """
     cdef ivshmem_record record
     cdef char padded[IVSHMEM_CHANNEL_NAME]
-    cdef bytes encoded = name.encode()
+    cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
     membership.check()
     if len(encoded) < IVSHMEM_CHANNEL_NAME:
         memset(padded, 0, IVSHMEM_CHANNEL_NAME)

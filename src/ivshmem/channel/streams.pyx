@@ -23,6 +23,7 @@ from .roles cimport open_channel
 from .sleeping_tasks cimport until_no_wait, until_something
 
 import os
+import socket
 from time import monotonic
 
 from ..errors import ChannelError
@@ -639,10 +640,15 @@ cdef class Stream(ChannelEnd):
         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 
         What was sent can still be received.
+
+        Raises:
+            RuntimeError: another thread sends at this moment, and its bytes would follow the end.
         """
         if not 0 <= how <= 2:
             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
         self.enter()
+        if how != socket.SHUT_RD:
+            self.check_alone(SEND)
         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
         self.membership.flush()
 
