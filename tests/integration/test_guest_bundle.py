@@ -19,8 +19,10 @@ import ivshmem
 from ivshmem.cli import disk_image as iso
 from ivshmem.cli import guest_bundle as bundle
 
-PYZ_LIMIT = 1 << 20  # what a guest must copy
-UNPACKED_LIMIT = 2 << 20
+# Of what a guest must copy, and of modules. A wheel's are a third smaller than those of the package
+# that is tested here: test_limited_api.py has the limits for that.
+PYZ_LIMIT = 1.2 * 2**20
+UNPACKED_LIMIT = 2.5 * 2**20
 
 
 def ran(

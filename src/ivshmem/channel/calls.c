@@ -12961,7 +12961,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
 */
 
@@ -12995,7 +12995,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
 
   /* "ivshmem/channel/calls.pyx":371
  * cdef int reply_or_fail(Call call, object reply) except -1:
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
@@ -13010,7 +13010,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     /*try:*/ {
 
       /* "ivshmem/channel/calls.pyx":372
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
  *         call.reply(reply)             # <<<<<<<<<<<<<<
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
@@ -13030,7 +13030,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
 
       /* "ivshmem/channel/calls.pyx":371
  * cdef int reply_or_fail(Call call, object reply) except -1:
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
@@ -13146,7 +13146,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
 
     /* "ivshmem/channel/calls.pyx":371
  * cdef int reply_or_fail(Call call, object reply) except -1:
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
@@ -13182,7 +13182,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
- *     """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+ *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
 */
 

@@ -367,7 +367,7 @@ cdef str explained(object error):
 
 
 cdef int reply_or_fail(Call call, object reply) except -1:
-    """Send a reply, or tell the caller that it cannot be sent: the server goes on."""
+    """Send a reply, or tell the caller that it cannot be sent. The server continues."""
     try:
         call.reply(reply)
     except (MessageTooLong, TypeError, ValueError, BufferError) as error:

@@ -23,7 +23,6 @@ from .roles cimport open_channel
 from .sleeping_tasks cimport until_no_wait, until_something
 
 import os
-import socket
 from time import monotonic
 
 from ..errors import ChannelError
@@ -647,7 +646,7 @@ cdef class Stream(ChannelEnd):
         if not 0 <= how <= 2:
             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
         self.enter()
-        if how != socket.SHUT_RD:
+        if how != 0:
             self.check_alone(SEND)
         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
         self.membership.flush()
