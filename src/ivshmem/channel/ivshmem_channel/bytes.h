@@ -416,7 +416,7 @@ static inline void ivshmem_receive_end(struct ivshmem_stream *stream, uint64_t s
 /* Send as much as there is room for; how many bytes. Errors as of ivshmem_send_begin. */
 static inline int64_t ivshmem_send(struct ivshmem_stream *stream, const void *data, uint64_t size)
 {
-    struct ivshmem_pieces pieces;
+    struct ivshmem_pieces pieces = {NULL, NULL, 0, 0};
     int64_t found = ivshmem_send_begin(stream, size, &pieces);
     if (found <= 0)
         return found;
@@ -431,7 +431,7 @@ static inline int64_t ivshmem_send(struct ivshmem_stream *stream, const void *da
  * ivshmem_receive_begin. */
 static inline int64_t ivshmem_receive(struct ivshmem_stream *stream, void *data, uint64_t room)
 {
-    struct ivshmem_pieces pieces;
+    struct ivshmem_pieces pieces = {NULL, NULL, 0, 0};
     int64_t found = ivshmem_receive_begin(stream, room, &pieces);
     if (found <= 0)
         return found;
