@@ -49,11 +49,17 @@ static void fill(uint64_t *words, uint64_t number)
         words[i] = number;
 }
 
+static unsigned opened, all_writers; /* writers of messages */
+
 static void *write_messages(void *nothing)
 {
     struct peer *peer = enter();
     uint64_t words[WORDS];
     CHECK(open_writer(peer) == 0, 0);
+    /* Else one that ends before another opens leaves its slot to that, which counts from 0. */
+    __atomic_fetch_add(&opened, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&opened, __ATOMIC_SEQ_CST) < all_writers)
+        sched_yield();
     for (uint64_t i = 0; i < count; i++) {
         int code;
         fill(words, i);
@@ -285,6 +291,8 @@ static void together(const struct ivshmem_geometry *geometry, void *(*writer)(vo
     memset((void *)aside, 0, sizeof *aside);
     aside->now = 1;
     got = 0;
+    opened = 0;
+    all_writers = writers;
     CHECK(create(&maker, channel_name, geometry) == 0, 0);
     CHECK(open_channel(&maker, channel_name) == 0, 0);
     for (unsigned i = 0; i < BOTH; i++)
