@@ -226,6 +226,13 @@ def is_name(directory: str | None) -> bool:
     return directory is not None and "/" not in directory and not os.path.isdir(directory)
 
 
+def add_socket(parser: argparse._ActionsContainer, what: str = "socket of the server") -> None:
+    """Add the option of a command that needs a server."""
+    parser.add_argument(
+        "-S", "--socket", metavar="PATH", type=socket_path, help=f"{what} ({OF_THE_SERVER})"
+    )
+
+
 # -- values ---------------------------------------------------------------------------------------
 
 

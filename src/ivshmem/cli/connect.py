@@ -11,7 +11,7 @@ from ..peer import connecting
 from ..peer.client import connect
 from ..system.time_limits import deadline_of, left_until
 from ..text import counted
-from .arguments import OF_THE_SERVER, seconds, server_of, socket_path, vectors
+from .arguments import add_socket, seconds, server_of, vectors
 from .shell import ClientShell
 
 _TIMEOUT = 10.0  # seconds for a server that is there
@@ -25,13 +25,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " line, and it ends with exit status 1 at the first command that fails.",
         epilog='Example: ivshmem connect -c "ring 0 0" -c "wait any 5" -c "hexdump 0 64"',
     )
-    parser.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server ({OF_THE_SERVER})",
-    )
+    add_socket(parser)
     parser.add_argument(
         "-c",
         "--command",

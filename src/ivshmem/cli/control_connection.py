@@ -16,7 +16,7 @@ from ..protocol.limits import MAX_ID
 from ..service import control_client
 from ..system import sockets
 from ..system.accounts import user_name
-from .arguments import OF_THE_SERVER, server_of, socket_path
+from .arguments import add_socket, server_of, socket_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ SECONDS = 10.0  # for an answer
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server; its control socket is PATH.control ({OF_THE_SERVER})",
-    )
+    add_socket(place, "socket of the server; its control socket is PATH.control")
     place.add_argument(
         "--control",
         metavar="PATH",

@@ -16,7 +16,7 @@ from ..doctor import host as doctor_host
 from ..peer import default_paths
 from ..text import counted
 from . import terminal
-from .arguments import OF_THE_SERVER, add_accept_owner, is_name, socket_path
+from .arguments import add_accept_owner, add_socket, is_name
 from .tables import entry, wrapped
 
 _MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
@@ -47,13 +47,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     side.add_argument("--host", action="store_true", help="check as a host (default: detected)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     host = parser.add_argument_group("on a host")
-    host.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server ({OF_THE_SERVER})",
-    )
+    add_socket(host)
     place = host.add_mutually_exclusive_group()
     place.add_argument("-M", "--name", help="the memory's POSIX name")
     place.add_argument("-f", "--file", metavar="PATH", help="the memory's file")

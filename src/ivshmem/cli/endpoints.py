@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ..peer.client import connect
 from ..peer.endpoint import Endpoint
-from .arguments import OF_THE_SERVER, server_of, socket_path
+from .arguments import add_socket, server_of
 
 _TIMEOUT = 10.0  # seconds for a server that is there
 
@@ -19,13 +19,7 @@ _TIMEOUT = 10.0  # seconds for a server that is there
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a server's region, or a guest's device."""
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server ({OF_THE_SERVER})",
-    )
+    add_socket(place)
     place.add_argument(
         "--guest", action="store_true", help="in a virtual machine: use its only ivshmem device"
     )

@@ -14,7 +14,7 @@ from ..peer import inquiry
 from ..qemu import cmdline, old_device
 from ..service.limits import DEFAULT_SIZE
 from ..text import plain
-from .arguments import OF_THE_SERVER, checked, server_of, socket_path, vectors
+from .arguments import add_socket, checked, server_of, vectors
 
 _SECONDS = 10.0  # for a server to answer
 
@@ -30,13 +30,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " not answer that: give --vectors.",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server, for ivshmem-doorbell ({OF_THE_SERVER})",
-    )
+    add_socket(source, "socket of the server, for ivshmem-doorbell")
     source.add_argument(
         "--config",
         metavar="FILE",

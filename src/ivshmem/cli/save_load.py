@@ -17,7 +17,7 @@ from ..memory.sizes import format_size
 from ..peer.client import connect
 from ..text import plain
 from . import signals
-from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of, socket_path
+from .arguments import add_accept_owner, add_socket, seconds, server_of
 from .progress import ProgressBar
 
 
@@ -58,13 +58,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="FILE", type=_file)
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the region's server ({OF_THE_SERVER})",
-    )
+    add_socket(place, "socket of the region's server")
     place.add_argument("-M", "--name", help="the region's POSIX name, without a server")
     place.add_argument("-f", "--file", metavar="PATH", help="the region's file, without a server")
     parser.add_argument(

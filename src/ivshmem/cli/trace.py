@@ -17,7 +17,7 @@ from ..text import NAME, counted, plain
 from ..tracing.chrome import ChromeTrace
 from ..tracing.watcher import Joined, RingWatcher
 from . import control_connection, signals
-from .arguments import OF_THE_SERVER, seconds, server_of, socket_path
+from .arguments import add_socket, seconds, server_of
 
 _LOOK = 0.2  # seconds between two looks at the clock and at names
 _SETTLE = 0.5  # seconds after which who is there is known, if the server does not say so
@@ -48,13 +48,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="end after so many rings (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="write over a FILE that is there")
-    parser.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server ({OF_THE_SERVER})",
-    )
+    add_socket(parser)
     parser.set_defaults(run=run, control=None)
 
 

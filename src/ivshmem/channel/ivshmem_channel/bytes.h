@@ -297,8 +297,8 @@ static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
     unsigned end = 1u - stream->end;
     uint64_t at = ivshmem_end_at(channel, stream->connection, end), head, tail;
     uint64_t owner = ivshmem_get(channel, ivshmem_end_owner_at(channel, stream->connection, end));
-    /* An acceptor's word of another epoch: no listener has accepted yet. A caller's: it was gone when this
-     * end accepted, and somebody else has used, or tried to use, the connection since. */
+    /* An acceptor's word of another epoch: no listener has accepted yet. A caller's: it was gone
+     * when this end accepted, and somebody else has used, or tried to use, the connection since. */
     other->closed = ivshmem_epoch(owner) != stream->epoch
                         ? stream->end == 1
                         : ivshmem_flags(owner) == IVSHMEM_SLOT_FREE ||
@@ -307,7 +307,7 @@ static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
     ivshmem_load_barrier(&channel->area.memory);
     head = ivshmem_get(channel, at);
     tail = ivshmem_get(channel, at + 8u);
-    /* A word of another epoch is not stored yet, or a former owner's late store: it tells nothing. */
+    /* A word of another epoch is not stored yet, or is a late store: it tells nothing. */
     other->sent = stream->received;
     other->received = stream->passed;
     other->sends_no_more = other->receives_no_more = 0;
