@@ -19,7 +19,16 @@ from pathlib import Path
 
 import pytest
 from support import commands
-from support.forwards import Forward, Pair, exchanged, fill, is_reset, received, reset
+from support.forwards import (
+    Forward,
+    Pair,
+    exchanged,
+    fill,
+    is_refused,
+    is_reset,
+    received,
+    reset,
+)
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -289,15 +298,6 @@ def test_who_waits_costs_nothing(pair: Pair) -> None:
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
-
-
-def is_refused(port: int) -> bool:
-    """Whether who connects is reset, which can be so soon that connect(2) tells of it."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
-            return is_reset(sock)
-    except ConnectionResetError:
-        return True
 
 
 def test_a_refusal_at_the_other_side(place: tuple[Path, str]) -> None:

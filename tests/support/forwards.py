@@ -169,6 +169,15 @@ def is_reset(sock: socket.socket) -> bool:
     return False
 
 
+def is_refused(port: int) -> bool:
+    """Whether who connects is reset, which can be so soon that connect(2) tells of it."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+            return is_reset(sock)
+    except ConnectionResetError:
+        return True
+
+
 def exchanged(one: socket.socket, other: socket.socket, size: int, seed: int) -> bool:
     """Send so many bytes both ways at once, then the ends; whether all arrived."""
     block = hashlib.shake_256(seed.to_bytes(4, "big")).digest(1 << 16)
