@@ -14,9 +14,17 @@ from .. import channel
 from ..channel import records
 from ..channel.kinds import Calls, Messages, Queue, Value
 from ..channel.watching import Seen, Watcher
-from ..errors import ChannelError, ChannelExists, ChannelTypeError, IvshmemError, ServerLost
+from ..errors import (
+    ChannelError,
+    ChannelExists,
+    ChannelTypeError,
+    ClosedError,
+    IvshmemError,
+    ServerLost,
+)
 from ..memory.sizes import parse_size
 from ..text import counted, plain
+from . import standard_input
 from .arguments import positive, seconds
 from .channel_payload import Form, Output, add_form, json_line
 from .channel_region import KINDS, ChannelCommand, add_readonly, joined, opened
@@ -170,7 +178,7 @@ def _put(options: argparse.Namespace) -> int:
         kind, found._type = found._type, None  # bytes, also of arrays, and without numpy
         try:
             with found.writer() as writer:
-                for message in _given(options):
+                for message in _given(options, channels):
                     if kind is not None:
                         kind.interface(len(message))  # or it says that the size is wrong
                     writer.put(message, options.timeout)
@@ -186,13 +194,18 @@ def _put(options: argparse.Namespace) -> int:
     return 0
 
 
-def _given(options: argparse.Namespace) -> Iterable[bytes]:
-    """The messages: of the command line, or of standard input."""
+def _given(options: argparse.Namespace, channels: channel.Channels) -> Iterable[bytes]:
+    """The messages: of the command line, or of standard input as long as the channels are open."""
     if options.data is not None:
         return [os.fsencode(options.data)]
+
+    def check() -> None:
+        if channels.closed:
+            raise ClosedError("channels are closed")  # `joined` says by whom
+
     if options.lines:
-        return (line.removesuffix(b"\n") for line in sys.stdin.buffer)
-    return [sys.stdin.buffer.read()]
+        return standard_input.lines(check)
+    return [b"".join(standard_input.pieces(check))]
 
 
 def _created(

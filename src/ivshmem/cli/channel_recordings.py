@@ -18,7 +18,7 @@ from ..errors import ClosedError
 from ..memory.sizes import format_size, parse_size, roughly
 from ..recording import library
 from ..text import counted, plain
-from . import signals
+from . import new_file, signals
 from .arguments import checked, seconds
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
@@ -54,7 +54,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         default=library.BUFFER,
         help=f"memory for messages that wait for the disk (default: {format_size(library.BUFFER)})",
     )
-    parser.add_argument("--force", action="store_true", help="write over a FILE that is there")
+    new_file.add_force(parser)
     parser.add_argument(
         "--json", action="store_true", help="at the end print what was recorded as a JSON object"
     )
@@ -108,15 +108,16 @@ def _record(options: argparse.Namespace) -> int:
     stopped: list[bool] = []
     stop = partial(stopped.append, True)
     with joined(options) as channels, signals.held(), signals.calling(stop):
-        recorder = Recorder(
-            channels,
-            options.file,
-            options.names,
-            compression=options.compression,
-            buffer=options.buffer,
-            replace=options.force,
-            tell=_tell,
-        )
+        with new_file.told():
+            recorder = Recorder(
+                channels,
+                options.file,
+                options.names,
+                compression=options.compression,
+                buffer=options.buffer,
+                replace=options.force,
+                tell=_tell,
+            )
         try:
             with recorder, _bar("{task.fields[said]}") as bar:
                 while not stopped and recorder.error is None:

@@ -16,7 +16,7 @@ from ..errors import IvshmemError
 from ..text import NAME, counted, plain
 from ..tracing.chrome import ChromeTrace
 from ..tracing.watcher import Joined, RingWatcher
-from . import control_connection, signals
+from . import control_connection, new_file, signals
 from .arguments import add_socket, seconds, server_of
 
 _LOOK = 0.2  # seconds between two looks at the clock and at names
@@ -47,7 +47,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=_LIMIT,
         help="end after so many rings (default: %(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="write over a FILE that is there")
+    new_file.add_force(parser)
     add_socket(parser)
     parser.set_defaults(run=run, control=None)
 
@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
     told = False
     with contextlib.ExitStack() as stack:
         watcher = stack.enter_context(RingWatcher(server_of(options)))
-        trace = stack.enter_context(
-            contextlib.closing(ChromeTrace(options.file, replace=options.force))
-        )
+        with new_file.told():
+            trace = ChromeTrace(options.file, replace=options.force)
+        stack.callback(trace.close)
         stack.enter_context(signals.held())
         stack.enter_context(signals.calling(partial(stopped.append, True)))
         names = _Names(options, watcher)

@@ -18,7 +18,7 @@ from ..peer.endpoint import Endpoint
 from ..system import late_logging
 from ..system.uncopied import Uncopied
 from ..text import counted
-from . import rings
+from . import its_channel
 from .config import SILENCE, ForwardConfig
 from .connecting import Connecting
 from .listening import Listening, Sockets
@@ -67,7 +67,7 @@ class Forwarder(Uncopied):
         former: Forwarder | None = None,
     ) -> None:
         self.next: Endpoint | None = None
-        self._sizes: dict[str, rings.Sizes] = {} if former is None else former._sizes
+        self._sizes: dict[str, its_channel.Sizes] = {} if former is None else former._sizes
         self._endpoint = endpoint
         self._channels = channels
         self._sockets = sockets
@@ -103,7 +103,7 @@ class Forwarder(Uncopied):
             self._undo = undo.pop_all()
 
     def _begin(self, config: ForwardConfig) -> Listening | Connecting:
-        open_channel = partial(rings.opened, self._channels, config, self._sizes)
+        open_channel = partial(its_channel.opened, self._channels, config, self._sizes)
         if config.listen is not None:
             sockets = self._sockets.of(config)
             listening = Listening(self.turns, sockets, open_channel, config, self._join)
@@ -144,7 +144,7 @@ class Forwarder(Uncopied):
         except BaseException as error:
             plug.close(self.turns.poller, failed=True)
             if type(error) is ChannelError:
-                raise ChannelError(rings.said_of(error, name)) from None
+                raise ChannelError(its_channel.said_of(error, name)) from None
             if not isinstance(error, ConnectionRefusedError):
                 raise
             raise ConnectionRefusedError(

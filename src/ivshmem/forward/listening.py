@@ -20,8 +20,8 @@ from ..system.listener import Listener
 from ..system.uncopied import Uncopied
 from . import addresses
 from .config import ForwardConfig
+from .its_channel import said_of
 from .plugs import quick, reset
-from .rings import said_of
 from .turns import Turns
 
 _log = late_logging.log_of("ivshmem.forward")

@@ -15,7 +15,7 @@ import os
 from .uncopied import Uncopied
 
 _TEXTS = {
-    errno.EEXIST: "file exists: choose another path, or write over it with --force",
+    errno.EEXIST: "file exists: choose another path, or have it replaced",
     errno.ENOENT: "its directory does not exist: create that first, or choose another path",
     errno.EISDIR: "it is a directory: give a file in that directory",
 }
