@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -154,6 +154,155 @@ def test_a_name_without_an_ending() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "End its name in .pyz (a program), .tar, or .iso (a disk image)" in done.stderr
+
+
+# -- what another user of the guest can do --------------------------------------------------------
+
+STRANGER = 65533
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+
+
+def hostile_modules(folder: Path, *, owner: int = STRANGER) -> Path:
+    """A folder with all modules; to load one fails, which would be seen."""
+    folder.mkdir(parents=True, mode=0o755)
+    for name in bundle.compiled():
+        (folder / name).write_bytes(b"hostile")
+        os.chown(folder / name, owner, owner)
+    os.chown(folder, owner, owner)
+    return folder
+
+
+def digest_of(file: Path, tmp_path: Path) -> str:
+    """The folder that a program unpacks into."""
+    place = tmp_path / "probe"
+    assert ran(file, "--version", IVSHMEM_UNPACK=str(place)).returncode == 0
+    (made,) = place.iterdir()
+    return made.name
+
+
+def refused(done: subprocess.CompletedProcess[str], path: Path) -> None:
+    assert done.returncode == 1, done
+    assert done.stderr.startswith(f"ivshmem: {path} belongs to another user, or"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def into_the_folder(place: Path, name: str) -> Path:
+    """It is another user's, with all that is looked for."""
+    hostile_modules(place / name)
+    os.chown(place, STRANGER, STRANGER)
+    return place
+
+
+def into_a_folder_below(place: Path, name: str) -> Path:
+    """Its user can rename what is in it, and so exchange it at any time."""
+    hostile_modules(place / "mine" / name, owner=0)
+    os.chown(place, STRANGER, STRANGER)
+    return place
+
+
+def first_in_a_sticky_folder(place: Path, name: str) -> Path:
+    place.mkdir()
+    place.chmod(0o1777)
+    return hostile_modules(place / name)
+
+
+def by_a_link(place: Path, name: str) -> Path:
+    place.mkdir()
+    place.chmod(0o1777)
+    hostile_modules(place / "elsewhere", owner=0)
+    (place / name).symlink_to("elsewhere")
+    os.chown(place / name, STRANGER, STRANGER, follow_symlinks=False)
+    return place / name
+
+
+def by_a_link_of_a_module(place: Path, name: str) -> Path:
+    folder = hostile_modules(place / name, owner=0)
+    first = sorted(folder.iterdir())[0]
+    first.rename(place / "elsewhere")
+    first.symlink_to(place / "elsewhere")
+    return first
+
+
+def by_a_mode(place: Path, name: str) -> Path:
+    folder = hostile_modules(place / name, owner=0)
+    folder.chmod(0o777)
+    return folder
+
+
+def by_the_mode_of_the_place(place: Path, name: str) -> Path:
+    hostile_modules(place / name, owner=0)
+    place.chmod(0o777)
+    return place
+
+
+ATTACKS = (
+    *(into_the_folder, into_a_folder_below, first_in_a_sticky_folder, by_a_link),
+    *(by_a_link_of_a_module, by_a_mode, by_the_mode_of_the_place),
+)
+
+
+@as_root
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_no_module_of_another_user_is_loaded(
+    bundles: Path, tmp_path: Path, attack: Callable[[Path, str], Path]
+) -> None:
+    file, place = bundles / "ivshmem.pyz", tmp_path / "place"
+    bad = attack(place, digest_of(file, tmp_path))
+    place_of = place / "mine" if attack is into_a_folder_below else place
+    before = sorted(tmp_path.rglob("*"))
+    refused(ran(file, "--version", IVSHMEM_UNPACK=str(place_of)), bad)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written either
+
+
+@as_root
+def test_a_link_of_another_user_on_the_way(bundles: Path, tmp_path: Path) -> None:
+    """The folder that it leads to counts; to change it later changes nothing."""
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", STRANGER, STRANGER)
+    (tmp_path / "link").symlink_to("theirs")
+    done = ran(bundles / "ivshmem.pyz", "--version", IVSHMEM_UNPACK=str(tmp_path / "link"))
+    refused(done, tmp_path / "theirs")
+
+
+def test_a_dangling_link_is_not_followed(bundles: Path, tmp_path: Path) -> None:
+    file, place = bundles / "ivshmem.pyz", tmp_path / "place"
+    place.mkdir()
+    (place / digest_of(file, tmp_path)).symlink_to(tmp_path / "created")
+    done = ran(file, "--version", IVSHMEM_UNPACK=str(place))
+    assert done.returncode == 1
+    assert "set IVSHMEM_UNPACK=DIR" in done.stderr
+    assert not (tmp_path / "created").exists()
+
+
+@as_root
+def test_another_user_s_folder_beside_the_program(bundles: Path, tmp_path: Path) -> None:
+    """As in /tmp, where root runs what was copied there: a .pyz needs no folder beside it."""
+    work = tmp_path / "tmp"
+    work.mkdir()
+    work.chmod(0o1777)
+    shutil.copy(bundles / "ivshmem.pyz", work)
+    hostile_modules(work / "modules")
+    done = ran(work / "ivshmem.pyz", "--version", XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
+    # What needs the folder says that it is another's.
+    shutil.unpack_archive(bundles / "ivshmem.tar", tmp_path, "tar")
+    shutil.copy(tmp_path / "ivshmem/ivshmem.pyz", work)
+    done = ran(work / "ivshmem.pyz", "--version")
+    refused_start = f"ivshmem: {work / 'modules'} belongs to another user than"
+    assert done.returncode == 1
+    assert done.stderr.startswith(refused_start), done.stderr
+    shutil.rmtree(work / "modules")
+    done = ran(work / "ivshmem.pyz", "--version")
+    assert f"{work / 'modules'} is missing: unpack the whole archive" in done.stderr
+    shutil.copytree(tmp_path / "ivshmem/modules", work / "modules")
+    assert ran(work / "ivshmem.pyz", "--version").returncode == 0
+
+
+def test_a_link_to_the_program(bundles: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(bundles / "ivshmem.tar", tmp_path, "tar")
+    (tmp_path / "command").symlink_to("ivshmem/ivshmem.pyz")
+    done = ran(tmp_path / "command", "--version", XDG_CACHE_HOME="/nowhere")
+    assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
 
 
 # -- the disk image -------------------------------------------------------------------------------

@@ -6,11 +6,17 @@ Does not know: what is in the bundle.
 Python loads a compiled module only from a file. Beside an unpacked bundle (a tar archive, a disk
 image) they lie as files. A .pyz has them inside, and unpacks them once into a folder that belongs
 to its user alone.
+
+Invariants:
+1. Who cannot write to the bundle cannot write to what is loaded: neither to a module, nor to a
+   folder from which one could be exchanged. The folder beside a bundle can be anybody's, in /tmp.
+2. What belongs to another user is not opened, changed or removed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import spec_from_file_location
@@ -25,6 +31,9 @@ BESIDE = "modules"  # the folder of an unpacked bundle
 PACKED = "modules.tar.xz"  # in a .pyz
 ABSENT = {"bench", "migrate"}  # subcommands for hosts
 PLACE = "IVSHMEM_UNPACK"  # the variable with another folder to unpack into
+
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_OVERFLOW = 65534  # how the kernel shows a user whom this user namespace does not have
 
 
 class Finder:
@@ -49,7 +58,8 @@ def run(bundle: str, made: dict[str, str]) -> int:
     """Run the command line of the bundle at a path.
 
     Args:
-        made: "machine", "python" (a version that alone fits, or ""), "digest" of the modules.
+        made: "machine", "python" (a version that alone fits, or ""), "digest" of the modules,
+            "packed" ("" if they are not in the bundle).
     """
     folder = _folder(bundle, made)
     sys.meta_path.insert(0, Finder(folder, os.listdir(folder)))
@@ -87,14 +97,44 @@ def _folder(bundle: str, made: dict[str, str]) -> str:
             f"this bundle is for Python {made['python']}, and this is {version}: make the bundle"
             " with a package from `make wheels`, whose modules fit Python 3.10 and all newer ones"
         )
-    beside = os.path.join(os.path.dirname(os.path.abspath(bundle)), BESIDE)
+    bundle = os.path.realpath(bundle)  # /usr/local/bin has a link to it
+    beside = os.path.join(os.path.dirname(bundle), BESIDE)
     if os.path.isdir(beside):
-        return beside
-    target = os.path.join(_place(), f"ivshmem-{made['digest']}")
+        stranger = _foreign_beside(bundle, beside)
+        if not stranger:
+            return beside
+        if not made["packed"]:
+            _fail(
+                f"{stranger} belongs to another user than {bundle}, or more users can write to it:"
+                " copy both into a folder that only you can write to"
+            )
+    elif not made["packed"]:
+        _fail(f"{beside} is missing: unpack the whole archive")
+    place = _place()
+    target = os.path.join(place, f"ivshmem-{made['digest']}")
     if not os.path.isdir(target):
         _unpack(bundle, target)
     _check_ours(target)
     return target
+
+
+def _inside(folder: str) -> list[str]:
+    return [folder, *(os.path.join(folder, name) for name in os.listdir(folder))]
+
+
+def _foreign_beside(bundle: str, folder: str) -> str:
+    """What of a folder was written by a user who could not write the bundle; "": nothing.
+
+    In /tmp, where a .pyz was copied to, the folder can be another user's.
+    """
+    program = os.stat(bundle)
+    forbidden = _OTHERS & ~program.st_mode
+    for path in _inside(folder):
+        found = os.lstat(path)
+        whose = (0, os.geteuid(), program.st_uid)
+        if found.st_uid not in whose or found.st_mode & forbidden or stat.S_ISLNK(found.st_mode):
+            return path
+    return ""
 
 
 def _place() -> str:
@@ -110,18 +150,54 @@ def _place() -> str:
             f"the compiled modules cannot be unpacked into {place} ({error.strerror}): set"
             f" {PLACE}=DIR to a folder of yours"
         )
+    place = os.path.realpath(place)
+    _check_way(place)
     return place
+
+
+def _check_way(place: str) -> None:
+    """Nobody else may put another folder in the place of this one, or of one above it."""
+    path, above = place, ""
+    while path != above:
+        found = os.stat(path)
+        owner = found.st_uid in (0, os.geteuid()) or _is_outside(found.st_uid)
+        # What is in a sticky folder, such as /tmp, only its owner can rename.
+        if not owner or (_writers(found) and not found.st_mode & stat.S_ISVTX):
+            _refuse(path)
+        path, above = os.path.dirname(path), path
+
+
+def _writers(found: os.stat_result) -> int:
+    """The bits by which others can write; a user's own group has nobody else in it."""
+    own = found.st_uid == found.st_gid == os.geteuid() == os.getegid()
+    return found.st_mode & (stat.S_IWOTH if own else _OTHERS)
+
+
+def _is_outside(uid: int) -> bool:
+    """Whether a user stands for root outside of this user namespace: user_namespaces(7)."""
+    if uid != _OVERFLOW:
+        return False
+    try:
+        with open("/proc/self/uid_map") as lines:
+            spans = [[int(number) for number in line.split()] for line in lines]
+    except OSError:
+        return False
+    return not any(first <= uid < first + count for first, _, count in spans)
 
 
 def _check_ours(target: str) -> None:
     """Nobody else may have written what is loaded into this process."""
-    for path in (target, *(os.path.join(target, name) for name in os.listdir(target))):
+    for path in _inside(target):
         found = os.lstat(path)
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            _fail(
-                f"{path} belongs to another user, or others can write to it: set {PLACE}=DIR to a"
-                " folder that only you can write to"
-            )
+        if found.st_uid != os.geteuid() or found.st_mode & _OTHERS or stat.S_ISLNK(found.st_mode):
+            _refuse(path)
+
+
+def _refuse(path: str) -> NoReturn:
+    _fail(
+        f"{path} belongs to another user, or others can write to it: set {PLACE}=DIR to a folder"
+        " that only you can write to"
+    )
 
 
 def _unpack(bundle: str, target: str) -> None:

@@ -113,7 +113,12 @@ def fits() -> str:
 
 def _program(modules: dict[str, bytes], *, packed: bool) -> bytes:
     digest = hashlib.sha256(b"".join(modules.values())).hexdigest()[:16]
-    made = {"machine": os.uname().machine, "python": fits(), "digest": f"{__version__}-{digest}"}
+    made = {
+        "machine": os.uname().machine,
+        "python": fits(),
+        "digest": f"{__version__}-{digest}",
+        "packed": "yes" if packed else "",
+    }
     out = io.BytesIO()
     out.write(_START)
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
