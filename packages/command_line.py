@@ -4,7 +4,7 @@
 
 Writes ivshmem.1, ivshmem-server.1, and for each command a file for bash and one for zsh. Needs the
 package itself, argparse-manpage and shtab (Debian: python3-argparse-manpage, python3-shtab). Only
-builds of packages need it: the package at run time has no use for these two.
+builds of packages and wheels need it: the package at run time has no use for these two.
 """
 
 from __future__ import annotations
@@ -43,24 +43,42 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def man_page(name: str, parser: argparse.ArgumentParser) -> str:
     """The page in section 1, the same on each day."""
     parser.man_short_description = parser.description.partition(".")[0]  # type: ignore[union-attr, attr-defined]
-    text = str(Manpage(parser))
+    page = Manpage(parser)
+    page.manual = "ivshmem"  # the title above each page
+    text = str(page)
+    # argparse wraps the lines of a usage, and man would wrap them again.
+    text = re.sub(r"^usage: .*(?:\n +.*)*", _in_one_line, text, flags=re.MULTILINE)
     # Version 1 has the name alone here, without what apropos shows.
     summary = f"{name} \\\\- {parser.man_short_description}"  # type: ignore[attr-defined]
     return re.sub(r"(?<=^\.SH NAME\n).*", summary, text, count=1, flags=re.MULTILINE)
+
+
+def _in_one_line(found: re.Match[str]) -> str:
+    return re.sub(r"\n +", " ", found[0])
+
+
+def _shorten(parser: argparse.ArgumentParser) -> None:
+    """Describe subcommands in a line each, as zsh lists them."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for listed in action._choices_actions:
+                action.choices[listed.dest].description = listed.help
+            for inner in action.choices.values():
+                _shorten(inner)
 
 
 def write(folder: Path) -> None:
     """Write all files."""
     for name, parser in commands().items():
         (folder / f"{name}.1").write_text(man_page(name, parser))
+        _shorten(parser)
         for shell, file in (("bash", f"{name}.bash"), ("zsh", f"_{name}")):
             (folder / file).write_text(shtab.complete(parser, shell))
 
 
 if __name__ == "__main__":
     # What it says must not depend on who builds it: default paths, the terminal, the date.
-    os.environ.update(
-        COLUMNS="100", HOME="/root", SOURCE_DATE_EPOCH=os.environ.get("SOURCE_DATE_EPOCH", "0")
-    )
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    os.environ.update(COLUMNS="100", HOME="/root", NO_COLOR="1", SOURCE_DATE_EPOCH=epoch)
     os.environ.pop("XDG_RUNTIME_DIR", None)
     write(Path(sys.argv[1]))
