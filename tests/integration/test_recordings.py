@@ -22,6 +22,7 @@ from mcap.writer import CompressionType, Writer
 from support import commands
 from support.channel_commands import run, started
 from support.mounts import mounted, root
+from support.unread import Output
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -571,7 +572,7 @@ def test_without_the_library(socket_path: str, channels: Channels, directory: Pa
         )
         assert (done.returncode, done.stderr) == (
             1,
-            "ivshmem: recordings need the library mcap: pip install mcap rich\n",
+            "ivshmem: recordings need the library mcap: pip install mcap\n",
         )
     assert not (directory / "a.mcap").exists()
 
@@ -589,3 +590,27 @@ def test_a_channel_that_cannot_be_read_is_told_of(
     assert first.startswith("ivshmem: not recorded: channel 'strict' lets its readers only block")
     assert second.endswith("1 message of 1 channel recorded, 1 byte; 0 lost")
     assert stored(file) == [("log", b"x")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_progress_on_a_terminal_that_nobody_reads(
+    socket_path: str, channels: Channels, directory: Path, number: int
+) -> None:
+    """A recorder records on, and a signal ends it with a whole file; a replay runs to its end."""
+    file = directory / "a.mcap"
+    log = channels.create_messages("log", limit=8, slots=64)
+    with log.writer() as writer, contextlib.closing(Output("terminal, Ctrl-S")) as output:
+        with started(socket_path, "record", str(file), stderr=output.end) as process:
+            until(lambda: read_by(channels) == 1)
+            until(lambda: b"0 messages" in output.read_on())
+            output.block()
+            for count in range(50):
+                writer.put(b"%d" % count)
+            until(lambda: waiting(channels) == 0)
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == 0
+        assert stored(file) == [("log", b"%d" % count) for count in range(50)]
+        with log.reader("block") as reader:
+            with started(socket_path, "replay", str(file), stderr=output.end) as process:
+                assert [reader.get(PATIENCE) for _ in range(50)] == [b"%d" % n for n in range(50)]
+                assert process.wait(PATIENCE) == 0

@@ -21,8 +21,12 @@ def run(path: str, *words: str, status: int = 0, input: str = "") -> str:  # noq
 
 
 def started(
-    path: str, *words: str, stdout: int = subprocess.PIPE, stdin: int | None = None
+    path: str,
+    *words: str,
+    stdout: int = subprocess.PIPE,
+    stdin: int | None = None,
+    stderr: int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a command as a process of its own."""
     command = [sys.executable, "-m", "ivshmem", "channel", words[0], "-S", path, *words[1:]]
-    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)

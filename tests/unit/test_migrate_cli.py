@@ -22,10 +22,18 @@ class Terminal(io.StringIO):
         return True
 
 
+class EachShown(ProgressBar):
+    """Waits until what was shown is there; otherwise the next one may take its place."""
+
+    def show(self, share: float | None, what: str) -> None:
+        super().show(share, what)
+        self._out.settle()
+
+
 def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    with ProgressBar(stream) as progress:
+    with EachShown(stream) as progress:
         shows = ProgressLines(progress, stream.isatty())
         shows.steps = 4
         shows.step(2, Step("migrate", "db", size=64 << 20), False)

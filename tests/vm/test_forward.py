@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,13 @@ import pytest
 from support.forwards import Forward
 
 import ivshmem
-from ivshmem import channel
+from ivshmem import Server, channel
+from ivshmem.qemu import cmdline
 
+from . import image
+from .harness import Guest
 from .host import TIMEOUT
-from .resident import Run
+from .resident import STAYS, Resident, Run
 from .residents import Pair
 
 NEEDED = ("sshd", "ssh", "ssh-keygen", "iperf3")
@@ -84,8 +88,8 @@ def keys(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def in_guest(pair: Pair, keys: Path) -> Iterator[Run]:
-    run = pair.a.run(GUEST, keys)
+def in_guest(guest: Resident, keys: Path) -> Iterator[Run]:
+    run = guest.run(GUEST, keys)
     run.expect("STARTED")
     yield run
     run.send("end")
@@ -114,7 +118,7 @@ def measured(port: int) -> dict[str, Any]:
 def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> None:
     """A session by ssh through standard input and output, and a measurement by a port."""
     ivshmem.Directory.create(pair_host.region, channels="768K").close()
-    with in_guest(pair, keys):
+    with in_guest(pair.a, keys):
         data = os.urandom(100_000)
         command = ssh(keys, pair.server.path, "sha256sum; exit 7")
         done = subprocess.run(
@@ -130,6 +134,77 @@ def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> No
                 assert found["end"][direction]["bytes"] > 100_000, found["end"]
         finally:
             assert near.end() == 0
+
+
+@pytest.fixture
+def roomy(vm_image: image.Image, socket_path: str) -> Iterator[Resident]:
+    """For large programs: in 256 MiB and on one processor podman leaves no time to others."""
+    args = cmdline.doorbell(socket_path, 4)
+    with Server(socket_path, "1M", vectors=4, channels="768K").start():
+        with Guest(**STAYS, args=args, iommu=True, memory="1G", cpus=2) as guest:
+            yield Resident(guest)
+
+
+@pytest.fixture
+def ssh_name(socket_path: str, keys: Path) -> dict[str, str]:
+    """An environment in which `ssh guest` is a session by `--stdio`, as a line of ~/.ssh/config."""
+    program = keys / "bin" / "ssh"
+    program.parent.mkdir()
+    options = ssh(keys, Path(socket_path))[1:-1]
+    program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {shlex.join(options)} "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(keys)}
+
+
+@pytest.mark.nightly
+def test_what_builds_on_ssh(roomy: Resident, keys: Path, ssh_name: dict[str, str]) -> None:
+    """rsync, git, and Docker's command at a server of its API, all with a guest."""
+    if missing := [name for name in ("rsync", "git", "docker", "podman") if not shutil.which(name)]:
+        pytest.skip(f"apt-get install rsync git docker.io podman (no {missing[0]})")
+
+    def run(*words: str | Path) -> str:
+        done = subprocess.run(
+            words, env=ssh_name, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sent = keys / "sent"
+    sent.mkdir()
+    for number in range(20):
+        (sent / f"{number}").write_bytes(os.urandom(number * 1000))
+    with in_guest(roomy, keys):
+        run("ssh", "root@guest", "mkdir -p /run/work && git init -q --bare /run/work/repository")
+        run("rsync", "-a", f"{sent}/", "root@guest:/run/work/sent/")
+        (sent / "3").write_bytes(b"changed")
+        (sent / "4").unlink()
+        run("rsync", "-a", "--delete", f"{sent}/", "root@guest:/run/work/sent/")
+        run("rsync", "-a", "root@guest:/run/work/sent/", f"{keys}/back/")
+        assert contents(keys / "back") == contents(sent)
+
+        commit = ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all of it")
+        run("git", "-C", sent, "init", "-q")
+        run("git", "-C", sent, "add", ".")
+        run("git", "-C", sent, *commit)
+        run("git", "-C", sent, "push", "-q", "root@guest:/run/work/repository", "HEAD:main")
+        run("git", "clone", "-q", "-b", "main", "root@guest:/run/work/repository", keys / "clone")
+        assert contents(keys / "clone") == contents(sent)
+
+        run(
+            *("ssh", "root@guest", "podman --root /run/work/images --runroot /run/work/running"),
+            "--storage-driver vfs system service --time 0 unix:///run/docker.sock"
+            " </dev/null >/dev/null 2>&1 & until [ -S /run/docker.sock ]; do sleep 0.1; done",
+        )
+        form = "{{range .Server.Components}}{{.Name}} {{end}}"
+        said = run("docker", "-H", "ssh://root@guest", "version", "--format", form)
+        assert "Podman Engine" in said
+        assert run("docker", "-H", "ssh://root@guest", "images", "-q") == ""
+        run("ssh", "root@guest", "pkill -f 'podman .*system servic[e]'")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for those of git."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 # Each end of a forward between two guests. The first argument says which; with a second one it is a

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,8 @@ from . import new_file, signals
 from .arguments import checked, seconds
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
+from .progress import ProgressBar
+from .status_text import duration
 
 if TYPE_CHECKING:
     from ..recording.recorder import Recorder
@@ -107,7 +107,12 @@ def _record(options: argparse.Namespace) -> int:
     # No threading.Event: its lock is not reentrant, and a signal comes while this thread has it.
     stopped: list[bool] = []
     stop = partial(stopped.append, True)
-    with joined(options) as channels, signals.held(), signals.calling(stop):
+    with (
+        joined(options) as channels,
+        signals.held(),
+        signals.calling(stop),
+        _Progress() as progress,
+    ):
         with new_file.told():
             recorder = Recorder(
                 channels,
@@ -116,14 +121,14 @@ def _record(options: argparse.Namespace) -> int:
                 compression=options.compression,
                 buffer=options.buffer,
                 replace=options.force,
-                tell=_tell,
+                tell=progress.say,
             )
         try:
-            with recorder, _bar("{task.fields[said]}") as bar:
+            with recorder:
                 while not stopped and recorder.error is None:
                     time.sleep(_LOOK)
                     recorder.look()
-                    bar(said=_so_far(recorder))
+                    progress.show(None, _so_far(recorder, time.monotonic() - begun))
                     if options.duration is not None and (
                         time.monotonic() - begun >= options.duration
                     ):
@@ -131,6 +136,7 @@ def _record(options: argparse.Namespace) -> int:
         finally:
             _conclude(
                 options,
+                progress,
                 f"{counted(recorder.messages, 'message')} of"
                 f" {counted(len(recorder.lost), 'channel')} recorded,"
                 f" {roughly(recorder.bytes)}; {sum(recorder.lost.values())} lost"
@@ -143,10 +149,10 @@ def _record(options: argparse.Namespace) -> int:
     return 0
 
 
-def _so_far(recorder: Recorder) -> str:
+def _so_far(recorder: Recorder, seconds: float) -> str:
     lost = sum(recorder.lost.values())
     return (
-        f"{counted(recorder.messages, 'message')}, {roughly(recorder.bytes)}"
+        f"{duration(seconds)}: {counted(recorder.messages, 'message')}, {roughly(recorder.bytes)}"
         f"{f', {lost} lost' if lost else ''}"
     )
 
@@ -156,13 +162,14 @@ def _replay(options: argparse.Namespace) -> int:
     from ..recording.player import Player, moment  # here: they need an extra
     from ..recording.source import RecordedFile
 
-    with joined(options) as channels, contextlib.ExitStack() as stack:
-        with _bar("reading {task.fields[said]}") as bar:
-            source = stack.enter_context(
-                RecordedFile(options.file, lambda share: bar(said=f"{share:4.0%}"))
-            )
+    with (
+        joined(options) as channels,
+        _Progress() as progress,
+        RecordedFile(options.file, lambda share: progress.show(share, "reading")) as source,
+        contextlib.ExitStack() as stack,
+    ):
         if source.damage:
-            _tell(f"{options.file}: {source.damage}: what comes before is replayed")
+            progress.say(f"{options.file}: {source.damage}: what comes before is replayed")
         since = 0 if options.from_time is None else moment(options.from_time, source.start)
         until = _FOREVER if options.to_time is None else moment(options.to_time, source.start)
         if until < since:
@@ -174,25 +181,26 @@ def _replay(options: argparse.Namespace) -> int:
                 speed=options.speed,
                 since=max(since, 0),
                 until=max(until, 0),
-                tell=_tell,
+                tell=progress.say,
             )
         )
         first, last = max(since, source.start), min(until, source.end)
         try:
-            with _bar("{task.fields[said]}", total=max(last - first, 1)) as bar:
 
-                def step() -> None:
-                    if channels.closed:  # also while no message is due
-                        raise ClosedError("the channels are closed")
-                    bar(completed=player.position - first, said=counted(player.sent, "message"))
+            def step() -> None:
+                if channels.closed:  # also while no message is due
+                    raise ClosedError("the channels are closed")
+                share = (player.position - first) / max(last - first, 1)
+                progress.show(share, counted(player.sent, "message"))
 
-                while player.play(step) and options.loop:
-                    pass
-                if options.loop:  # it would never end
-                    raise ValueError(f"{options.file}: no message of these times")
+            while player.play(step) and options.loop:
+                pass
+            if options.loop:  # it would never end
+                raise ValueError(f"{options.file}: no message of these times")
         finally:
             _conclude(
                 options,
+                progress,
                 f"{counted(player.sent, 'message')} sent"
                 + (f"; readers missed {player.missed}" if player.missed else ""),
                 messages=player.sent,
@@ -201,43 +209,29 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(line: str) -> None:
-    print(f"ivshmem: {plain(line)}", file=sys.stderr)
-
-
-def _conclude(options: argparse.Namespace, line: str, **facts: Any) -> None:
+def _conclude(options: argparse.Namespace, progress: ProgressBar, line: str, **facts: Any) -> None:
     """Say what was done, also after an error."""
     if options.json:
+        progress.wipe()
         print(json_line(file=options.file, **facts), flush=True)
     else:
-        _tell(f"{options.file}: {line}")
+        progress.say(f"{options.file}: {line}")
 
 
-class _Updates:
-    """Shows progress, not more often than a person sees."""
+class _Progress(ProgressBar):
+    """On a terminal only, and not more often than a person sees."""
 
-    def __init__(self, progress: Any, task: Any) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self) -> None:
+        super().__init__(sys.stderr, quiet=not sys.stderr.isatty())
         self._due = 0.0
 
-    def __call__(self, **how: Any) -> None:
-        if self._progress is not None and (now := time.monotonic()) >= self._due:
+    def show(self, share: float | None, what: str) -> None:
+        if (now := time.monotonic()) >= self._due:
             self._due = now + 0.1
-            self._progress.update(self._task, **how)
+            super().show(share, what)
 
-
-@contextlib.contextmanager
-def _bar(text: str, total: int | None = None) -> Iterator[_Updates]:
-    """Show progress on a terminal, if rich is there, while the block runs."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
-        yield _Updates(None, None)
-        return
-    from rich.console import Console  # here: an extra
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TextColumn(text, markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Updates(progress, progress.add_task("", total=total, said=""))
+    def say(self, line: str) -> None:
+        super().say(f"ivshmem: {plain(line)}")
 
 
 COMMANDS = (
@@ -248,7 +242,7 @@ COMMANDS = (
         "record messages and values into a file (MCAP)",
         "It ends with Ctrl-C, and never slows who writes: what the disk, or this command, is too"
         " slow for is lost, and counted. After a full disk or SIGKILL the file can be read up to"
-        " the last second before. Needs: pip install mcap rich.",
+        " the last second before. Needs: pip install mcap.",
     ),
     ChannelCommand(
         "replay",
@@ -257,6 +251,6 @@ COMMANDS = (
         "send the messages of a file (MCAP) to channels, at the pace at which they were recorded",
         "Channels that are missing are created. Files of other programs are replayed as bytes, into"
         " channels of messages whose schema is the name and the encoding of the file's. Needs: pip"
-        " install mcap rich.",
+        " install mcap.",
     ),
 )

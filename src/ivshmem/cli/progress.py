@@ -1,6 +1,8 @@
-"""How far a long measurement is: a bar on a terminal, plain lines elsewhere.
+"""How far a long piece of work is: a bar on a terminal, plain lines elsewhere.
 
-Knows: terminals. Does not know: what is measured.
+Knows: terminals. Does not know: what is done.
+
+Invariant: the work never waits for whoever reads (writing.py).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import shutil
 from typing import TextIO
 
 from .tables import cut
+from .writing import Aside
 
 _WIDTH = 24  # of the bar, in columns
 
@@ -22,32 +25,42 @@ class ProgressBar:
     """
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
-        self._stream = stream
         self._quiet = quiet
         self._bar = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._out = Aside(stream)
         self._drawn = False
         self._before = ""
 
-    def show(self, share: float, what: str) -> None:
-        """`share` (0 to 1) is done, and now comes `what`."""
+    def show(self, share: float | None, what: str) -> None:
+        """`share` (0 to 1) is done, and now comes `what`; None: nobody knows how much there is."""
         if self._quiet:
             return
         if self._bar:
-            full = round(_WIDTH * min(share, 1))
-            line = f"[{'#' * full}{'.' * (_WIDTH - full)}] {share:4.0%}  {what}"
+            bar = ""
+            if share is not None:
+                full = round(_WIDTH * min(share, 1))
+                bar = f"[{'#' * full}{'.' * (_WIDTH - full)}] {share:4.0%}  "
             columns = shutil.get_terminal_size().columns
-            self._stream.write(f"\r{cut(line, columns - 1)}\033[K")
+            line = cut(f"{bar}{what}", columns - 1)
+            self._out.write(f"\r{line}\033[K", passing=True)
             self._drawn = True
         elif what != self._before:
-            self._stream.write(f"{share:4.0%}  {what}\n")
+            self._out.write(f"{'' if share is None else f'{share:4.0%}  '}{what}\n")
         self._before = what
-        self._stream.flush()
+
+    def say(self, line: str) -> None:
+        """Write a line of its own, also if quiet."""
+        self._clear()
+        self._out.write(f"{line}\n")
 
     def wipe(self) -> None:
-        """Make room for other lines."""
+        """Make room for other lines; wait for that, but no longer than a second."""
+        self._clear()
+        self._out.settle()
+
+    def _clear(self) -> None:
         if self._drawn:
-            self._stream.write("\r\033[K")
-            self._stream.flush()
+            self._out.write("\r\033[K", passing=True)
             self._drawn = False
 
     def __enter__(self) -> ProgressBar:
@@ -55,3 +68,4 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self.wipe()
+        self._out.close()

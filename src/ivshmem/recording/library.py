@@ -20,4 +20,4 @@ def check(compression: str = "none") -> None:
     """
     for module in ("mcap", COMPRESSIONS[compression]):
         if module is not None and importlib.util.find_spec(module) is None:
-            raise ValueError(f"recordings need the library {module}: pip install mcap rich")
+            raise ValueError(f"recordings need the library {module}: pip install mcap")
