@@ -1887,6 +1887,35 @@ static const char* const __pyx_f[] = {
   "ivshmem/channel/queues.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
+/* CriticalSectionsDefinition.proto (used by CriticalSections) */
+#if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+#define __Pyx_PyCriticalSection void*
+#define __Pyx_PyCriticalSection2 void*
+#define __Pyx_PyCriticalSection_End(cs)
+#define __Pyx_PyCriticalSection2_End(cs)
+#else
+#define __Pyx_PyCriticalSection PyCriticalSection
+#define __Pyx_PyCriticalSection2 PyCriticalSection2
+#define __Pyx_PyCriticalSection_End PyCriticalSection_End
+#define __Pyx_PyCriticalSection2_End PyCriticalSection2_End
+#endif
+
+/* CriticalSections.proto */
+#if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+#define __Pyx_PyCriticalSection_Begin(cs, arg) (void)(cs)
+#define __Pyx_PyCriticalSection2_Begin(cs, arg1, arg2) (void)(cs)
+#else
+#define __Pyx_PyCriticalSection_Begin PyCriticalSection_Begin
+#define __Pyx_PyCriticalSection2_Begin PyCriticalSection2_Begin
+#endif
+#if PY_VERSION_HEX < 0x030d0000 || CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_BEGIN_CRITICAL_SECTION(o) {
+#define __Pyx_END_CRITICAL_SECTION() }
+#else
+#define __Pyx_BEGIN_CRITICAL_SECTION Py_BEGIN_CRITICAL_SECTION
+#define __Pyx_END_CRITICAL_SECTION Py_END_CRITICAL_SECTION
+#endif
+
 /* Atomics.proto (used by UnpackUnboundCMethod) */
 #include <pythread.h>
 #ifndef CYTHON_ATOMICS
@@ -2022,35 +2051,6 @@ static const char* const __pyx_f[] = {
     #ifdef __PYX_DEBUG_ATOMICS
         #warning "Not using atomics"
     #endif
-#endif
-
-/* CriticalSectionsDefinition.proto (used by CriticalSections) */
-#if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-#define __Pyx_PyCriticalSection void*
-#define __Pyx_PyCriticalSection2 void*
-#define __Pyx_PyCriticalSection_End(cs)
-#define __Pyx_PyCriticalSection2_End(cs)
-#else
-#define __Pyx_PyCriticalSection PyCriticalSection
-#define __Pyx_PyCriticalSection2 PyCriticalSection2
-#define __Pyx_PyCriticalSection_End PyCriticalSection_End
-#define __Pyx_PyCriticalSection2_End PyCriticalSection2_End
-#endif
-
-/* CriticalSections.proto */
-#if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-#define __Pyx_PyCriticalSection_Begin(cs, arg) (void)(cs)
-#define __Pyx_PyCriticalSection2_Begin(cs, arg1, arg2) (void)(cs)
-#else
-#define __Pyx_PyCriticalSection_Begin PyCriticalSection_Begin
-#define __Pyx_PyCriticalSection2_Begin PyCriticalSection2_Begin
-#endif
-#if PY_VERSION_HEX < 0x030d0000 || CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_BEGIN_CRITICAL_SECTION(o) {
-#define __Pyx_END_CRITICAL_SECTION() }
-#else
-#define __Pyx_BEGIN_CRITICAL_SECTION Py_BEGIN_CRITICAL_SECTION
-#define __Pyx_END_CRITICAL_SECTION Py_END_CRITICAL_SECTION
 #endif
 
 /* IncludeStructmemberH.proto (used by CoroutineBase) */
@@ -2317,7 +2317,7 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
 };
 struct __pyx_t_7ivshmem_7channel_5calls_Probed;
 
-/* "ivshmem/channel/calls.pyx":27
+/* "ivshmem/channel/calls.pyx":28
  * from ..text import plain
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2330,7 +2330,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5calls_SHOWN = 0x3E8
 };
 
-/* "ivshmem/channel/calls.pyx":34
+/* "ivshmem/channel/calls.pyx":35
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2768,7 +2768,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
 };
 
 
-/* "ivshmem/channel/calls.pyx":44
+/* "ivshmem/channel/calls.pyx":45
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2786,7 +2786,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall {
 };
 
 
-/* "ivshmem/channel/calls.pyx":168
+/* "ivshmem/channel/calls.pyx":230
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2799,7 +2799,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Caller {
 };
 
 
-/* "ivshmem/channel/calls.pyx":278
+/* "ivshmem/channel/calls.pyx":340
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2811,7 +2811,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_CallServer {
 };
 
 
-/* "ivshmem/channel/calls.pyx":378
+/* "ivshmem/channel/calls.pyx":440
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2823,7 +2823,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Call {
 };
 
 
-/* "ivshmem/channel/calls.pyx":260
+/* "ivshmem/channel/calls.pyx":322
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2845,7 +2845,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async {
 };
 
 
-/* "ivshmem/channel/calls.pyx":326
+/* "ivshmem/channel/calls.pyx":388
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -3176,6 +3176,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
 };
@@ -3302,7 +3303,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
 
 
-/* "ivshmem/channel/calls.pyx":44
+/* "ivshmem/channel/calls.pyx":45
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3312,11 +3313,15 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7i
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*end_call)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
+  int (*end_watch)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *);
 
 
-/* "ivshmem/channel/calls.pyx":168
+/* "ivshmem/channel/calls.pyx":230
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3330,7 +3335,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
 
 
-/* "ivshmem/channel/calls.pyx":278
+/* "ivshmem/channel/calls.pyx":340
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3344,7 +3349,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
 
 
-/* "ivshmem/channel/calls.pyx":378
+/* "ivshmem/channel/calls.pyx":440
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3433,16 +3438,6 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *__pyx_vtabptr_7ivs
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
-/* DivInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
-
-/* ModInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
-
-/* IgnoreException.proto (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
-#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
 /* FastTypeChecks.proto (used by GivenExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 #define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
@@ -3529,8 +3524,18 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject
 /* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
 
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
+/* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* IgnoreException.proto (used by GetModuleGlobalName) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
+#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
 
 /* PyDictVersioning.proto (used by GetModuleGlobalName) */
 #if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
@@ -3838,6 +3843,13 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
+
 /* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
 
@@ -3899,19 +3911,15 @@ static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
 #define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
 #endif
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
 /* ListAppend.proto */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
+
+/* py_dict_pop_ignore.proto */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
 /* WriteUnraisableException.proto */
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
@@ -4559,6 +4567,9 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntFromPy.proto */
@@ -4664,6 +4675,10 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
@@ -4739,18 +4754,20 @@ int __pyx_module_is_main_ivshmem__channel__calls = 0;
 
 /* Implementation of "ivshmem.channel.calls" */
 /* #### Code section: global_var ### */
+static PyObject *__pyx_builtin_id;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Internal_the_ends_of_a_channel_o[] = "Internal: the ends of a channel of calls: callers, and servers that reply.\n\nKnows: calls under way, and why one has no reply. Does not know: the protocol, which is in\nivshmem_channel.h.\n";
 /* #### Code section: decls ### */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
@@ -4894,8 +4911,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
-    PyObject *__pyx_codeobj_tab[26];
-    PyObject *__pyx_string_tab[160];
+    PyObject *__pyx_codeobj_tab[27];
+    PyObject *__pyx_string_tab[169];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4970,165 +4987,174 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #endif
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u_bytes_and_the_channel_s_limit_i __pyx_string_tab[0]
-#define __pyx_kp_u_s __pyx_string_tab[1]
-#define __pyx_kp_u_s_2 __pyx_string_tab[2]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[3]
-#define __pyx_kp_u__4 __pyx_string_tab[4]
-#define __pyx_kp_u__2 __pyx_string_tab[5]
-#define __pyx_kp_u_it_was_cancelled __pyx_string_tab[6]
-#define __pyx_kp_u_no_reply_in __pyx_string_tab[7]
-#define __pyx_kp_u_the_server_failed __pyx_string_tab[8]
-#define __pyx_kp_u_the_server_that_had_begun_with __pyx_string_tab[9]
-#define __pyx_kp_u_ __pyx_string_tab[10]
-#define __pyx_kp_u_None __pyx_string_tab[11]
-#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[12]
-#define __pyx_kp_u_a_PendingCall_is_made_by_Caller __pyx_string_tab[13]
-#define __pyx_kp_u_a_call_ends_with_reply_or_fail __pyx_string_tab[14]
-#define __pyx_kp_u_a_reply_of __pyx_string_tab[15]
-#define __pyx_kp_u_a_server_has_begun_with_it __pyx_string_tab[16]
-#define __pyx_kp_u_call_of __pyx_string_tab[17]
-#define __pyx_kp_u_disable __pyx_string_tab[18]
-#define __pyx_kp_u_enable __pyx_string_tab[19]
-#define __pyx_kp_u_gc __pyx_string_tab[20]
-#define __pyx_kp_u_isenabled __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[24]
-#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[25]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[26]
-#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[27]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[28]
-#define __pyx_kp_u_the_server_ends __pyx_string_tab[29]
-#define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[30]
-#define __pyx_n_u_Call __pyx_string_tab[31]
-#define __pyx_n_u_Call___exit __pyx_string_tab[32]
-#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_Call_done __pyx_string_tab[35]
-#define __pyx_n_u_Call_fail __pyx_string_tab[36]
-#define __pyx_n_u_Call_give_back __pyx_string_tab[37]
-#define __pyx_n_u_Call_reply __pyx_string_tab[38]
-#define __pyx_n_u_CallFailed __pyx_string_tab[39]
-#define __pyx_n_u_CallServer __pyx_string_tab[40]
-#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[41]
-#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[42]
-#define __pyx_n_u_CallServer_serve __pyx_string_tab[43]
-#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[44]
-#define __pyx_n_u_CallServer_take __pyx_string_tab[45]
-#define __pyx_n_u_CallServer_take_async __pyx_string_tab[46]
-#define __pyx_n_u_Caller __pyx_string_tab[47]
-#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[48]
-#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[49]
-#define __pyx_n_u_Caller_call __pyx_string_tab[50]
-#define __pyx_n_u_Caller_call_async __pyx_string_tab[51]
-#define __pyx_n_u_Caller_submit __pyx_string_tab[52]
-#define __pyx_n_u_Caller_submit_async __pyx_string_tab[53]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[54]
-#define __pyx_n_u_PendingCall __pyx_string_tab[55]
-#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[57]
-#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[58]
-#define __pyx_n_u_PendingCall_close __pyx_string_tab[59]
-#define __pyx_n_u_PendingCall_done __pyx_string_tab[60]
-#define __pyx_n_u_PendingCall_result __pyx_string_tab[61]
-#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[62]
-#define __pyx_n_u_ServerLost __pyx_string_tab[63]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[64]
-#define __pyx_n_u_annotate __pyx_string_tab[65]
-#define __pyx_n_u_await __pyx_string_tab[66]
-#define __pyx_n_u_exit __pyx_string_tab[67]
-#define __pyx_n_u_func __pyx_string_tab[68]
-#define __pyx_n_u_getstate __pyx_string_tab[69]
-#define __pyx_n_u_main __pyx_string_tab[70]
-#define __pyx_n_u_module __pyx_string_tab[71]
-#define __pyx_n_u_name __pyx_string_tab[72]
-#define __pyx_n_u_pyx_state __pyx_string_tab[73]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[74]
-#define __pyx_n_u_qualname __pyx_string_tab[75]
-#define __pyx_n_u_reduce __pyx_string_tab[76]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[77]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[78]
-#define __pyx_n_u_set_name __pyx_string_tab[79]
-#define __pyx_n_u_setstate __pyx_string_tab[80]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[81]
-#define __pyx_n_u_test __pyx_string_tab[82]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[83]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[84]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[85]
-#define __pyx_n_u_begun __pyx_string_tab[86]
-#define __pyx_n_u_call __pyx_string_tab[87]
-#define __pyx_n_u_call_async __pyx_string_tab[88]
-#define __pyx_n_u_cancel __pyx_string_tab[89]
-#define __pyx_n_u_cell __pyx_string_tab[90]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[91]
-#define __pyx_n_u_close __pyx_string_tab[92]
-#define __pyx_n_u_data __pyx_string_tab[93]
-#define __pyx_n_u_decode __pyx_string_tab[94]
-#define __pyx_n_u_done __pyx_string_tab[95]
-#define __pyx_n_u_encode __pyx_string_tab[96]
-#define __pyx_n_u_error __pyx_string_tab[97]
-#define __pyx_n_u_errors __pyx_string_tab[98]
-#define __pyx_n_u_fail __pyx_string_tab[99]
-#define __pyx_n_u_function __pyx_string_tab[100]
-#define __pyx_n_u_g __pyx_string_tab[101]
-#define __pyx_n_u_get __pyx_string_tab[102]
-#define __pyx_n_u_give_back __pyx_string_tab[103]
-#define __pyx_n_u_how __pyx_string_tab[104]
-#define __pyx_n_u_items __pyx_string_tab[105]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[106]
-#define __pyx_n_u_kind __pyx_string_tab[107]
-#define __pyx_n_u_left __pyx_string_tab[108]
-#define __pyx_n_u_limit __pyx_string_tab[109]
-#define __pyx_n_u_monotonic __pyx_string_tab[110]
-#define __pyx_n_u_never __pyx_string_tab[111]
-#define __pyx_n_u_next __pyx_string_tab[112]
-#define __pyx_n_u_plain __pyx_string_tab[113]
-#define __pyx_n_u_pop __pyx_string_tab[114]
-#define __pyx_n_u_replace __pyx_string_tab[115]
-#define __pyx_n_u_reply __pyx_string_tab[116]
-#define __pyx_n_u_result __pyx_string_tab[117]
-#define __pyx_n_u_result_async __pyx_string_tab[118]
-#define __pyx_n_u_self __pyx_string_tab[119]
-#define __pyx_n_u_send __pyx_string_tab[120]
-#define __pyx_n_u_serve __pyx_string_tab[121]
-#define __pyx_n_u_serve_async __pyx_string_tab[122]
-#define __pyx_n_u_server __pyx_string_tab[123]
-#define __pyx_n_u_setdefault __pyx_string_tab[124]
-#define __pyx_n_u_spin __pyx_string_tab[125]
-#define __pyx_n_u_submit __pyx_string_tab[126]
-#define __pyx_n_u_submit_async __pyx_string_tab[127]
-#define __pyx_n_u_take __pyx_string_tab[128]
-#define __pyx_n_u_take_async __pyx_string_tab[129]
-#define __pyx_n_u_taken __pyx_string_tab[130]
-#define __pyx_n_u_text __pyx_string_tab[131]
-#define __pyx_n_u_throw __pyx_string_tab[132]
-#define __pyx_n_u_time __pyx_string_tab[133]
-#define __pyx_n_u_timeout __pyx_string_tab[134]
-#define __pyx_n_u_value __pyx_string_tab[135]
-#define __pyx_n_u_values __pyx_string_tab[136]
-#define __pyx_n_u_view __pyx_string_tab[137]
-#define __pyx_n_u_why __pyx_string_tab[138]
-#define __pyx_kp_b__3 __pyx_string_tab[139]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[140]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[141]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[142]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[143]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[144]
-#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[145]
-#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_avT __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[159]
+#define __pyx_kp_u_is_closed __pyx_string_tab[1]
+#define __pyx_kp_u_s __pyx_string_tab[2]
+#define __pyx_kp_u_s_2 __pyx_string_tab[3]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[4]
+#define __pyx_kp_u__4 __pyx_string_tab[5]
+#define __pyx_kp_u__2 __pyx_string_tab[6]
+#define __pyx_kp_u_it_was_cancelled __pyx_string_tab[7]
+#define __pyx_kp_u_no_reply_in __pyx_string_tab[8]
+#define __pyx_kp_u_the_server_failed __pyx_string_tab[9]
+#define __pyx_kp_u_the_server_that_had_begun_with __pyx_string_tab[10]
+#define __pyx_kp_u_ __pyx_string_tab[11]
+#define __pyx_kp_u_None __pyx_string_tab[12]
+#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[13]
+#define __pyx_kp_u_a_PendingCall_is_made_by_Caller __pyx_string_tab[14]
+#define __pyx_kp_u_a_call_ends_with_reply_or_fail __pyx_string_tab[15]
+#define __pyx_kp_u_a_reply_of __pyx_string_tab[16]
+#define __pyx_kp_u_a_server_has_begun_with_it __pyx_string_tab[17]
+#define __pyx_kp_u_call_of __pyx_string_tab[18]
+#define __pyx_kp_u_disable __pyx_string_tab[19]
+#define __pyx_kp_u_enable __pyx_string_tab[20]
+#define __pyx_kp_u_gc __pyx_string_tab[21]
+#define __pyx_kp_u_isenabled __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[25]
+#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[26]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[27]
+#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[28]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[29]
+#define __pyx_kp_u_the_server_ends __pyx_string_tab[30]
+#define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[31]
+#define __pyx_kp_u_this_PendingCall_of __pyx_string_tab[32]
+#define __pyx_n_u_Call __pyx_string_tab[33]
+#define __pyx_n_u_Call___exit __pyx_string_tab[34]
+#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[35]
+#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[36]
+#define __pyx_n_u_Call_done __pyx_string_tab[37]
+#define __pyx_n_u_Call_fail __pyx_string_tab[38]
+#define __pyx_n_u_Call_give_back __pyx_string_tab[39]
+#define __pyx_n_u_Call_reply __pyx_string_tab[40]
+#define __pyx_n_u_CallFailed __pyx_string_tab[41]
+#define __pyx_n_u_CallServer __pyx_string_tab[42]
+#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[43]
+#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[44]
+#define __pyx_n_u_CallServer_serve __pyx_string_tab[45]
+#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[46]
+#define __pyx_n_u_CallServer_take __pyx_string_tab[47]
+#define __pyx_n_u_CallServer_take_async __pyx_string_tab[48]
+#define __pyx_n_u_Caller __pyx_string_tab[49]
+#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[50]
+#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[51]
+#define __pyx_n_u_Caller_call __pyx_string_tab[52]
+#define __pyx_n_u_Caller_call_async __pyx_string_tab[53]
+#define __pyx_n_u_Caller_submit __pyx_string_tab[54]
+#define __pyx_n_u_Caller_submit_async __pyx_string_tab[55]
+#define __pyx_n_u_ClosedError __pyx_string_tab[56]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[57]
+#define __pyx_n_u_PendingCall __pyx_string_tab[58]
+#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[59]
+#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[61]
+#define __pyx_n_u_PendingCall_close __pyx_string_tab[62]
+#define __pyx_n_u_PendingCall_done __pyx_string_tab[63]
+#define __pyx_n_u_PendingCall_fileno __pyx_string_tab[64]
+#define __pyx_n_u_PendingCall_result __pyx_string_tab[65]
+#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[66]
+#define __pyx_n_u_ServerLost __pyx_string_tab[67]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[68]
+#define __pyx_n_u_annotate __pyx_string_tab[69]
+#define __pyx_n_u_await __pyx_string_tab[70]
+#define __pyx_n_u_exit __pyx_string_tab[71]
+#define __pyx_n_u_func __pyx_string_tab[72]
+#define __pyx_n_u_getstate __pyx_string_tab[73]
+#define __pyx_n_u_main __pyx_string_tab[74]
+#define __pyx_n_u_module __pyx_string_tab[75]
+#define __pyx_n_u_name __pyx_string_tab[76]
+#define __pyx_n_u_pyx_state __pyx_string_tab[77]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[78]
+#define __pyx_n_u_qualname __pyx_string_tab[79]
+#define __pyx_n_u_reduce __pyx_string_tab[80]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[81]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[82]
+#define __pyx_n_u_set_name __pyx_string_tab[83]
+#define __pyx_n_u_setstate __pyx_string_tab[84]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[85]
+#define __pyx_n_u_test __pyx_string_tab[86]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[87]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[88]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[89]
+#define __pyx_n_u_begun __pyx_string_tab[90]
+#define __pyx_n_u_call __pyx_string_tab[91]
+#define __pyx_n_u_call_async __pyx_string_tab[92]
+#define __pyx_n_u_cancel __pyx_string_tab[93]
+#define __pyx_n_u_cell __pyx_string_tab[94]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[95]
+#define __pyx_n_u_close __pyx_string_tab[96]
+#define __pyx_n_u_data __pyx_string_tab[97]
+#define __pyx_n_u_decode __pyx_string_tab[98]
+#define __pyx_n_u_done __pyx_string_tab[99]
+#define __pyx_n_u_encode __pyx_string_tab[100]
+#define __pyx_n_u_error __pyx_string_tab[101]
+#define __pyx_n_u_errors __pyx_string_tab[102]
+#define __pyx_n_u_fail __pyx_string_tab[103]
+#define __pyx_n_u_fileno __pyx_string_tab[104]
+#define __pyx_n_u_function __pyx_string_tab[105]
+#define __pyx_n_u_g __pyx_string_tab[106]
+#define __pyx_n_u_get __pyx_string_tab[107]
+#define __pyx_n_u_give_back __pyx_string_tab[108]
+#define __pyx_n_u_how __pyx_string_tab[109]
+#define __pyx_n_u_id __pyx_string_tab[110]
+#define __pyx_n_u_items __pyx_string_tab[111]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[112]
+#define __pyx_n_u_kind __pyx_string_tab[113]
+#define __pyx_n_u_left __pyx_string_tab[114]
+#define __pyx_n_u_limit __pyx_string_tab[115]
+#define __pyx_n_u_monotonic __pyx_string_tab[116]
+#define __pyx_n_u_never __pyx_string_tab[117]
+#define __pyx_n_u_next __pyx_string_tab[118]
+#define __pyx_n_u_plain __pyx_string_tab[119]
+#define __pyx_n_u_pop __pyx_string_tab[120]
+#define __pyx_n_u_ref __pyx_string_tab[121]
+#define __pyx_n_u_replace __pyx_string_tab[122]
+#define __pyx_n_u_reply __pyx_string_tab[123]
+#define __pyx_n_u_result __pyx_string_tab[124]
+#define __pyx_n_u_result_async __pyx_string_tab[125]
+#define __pyx_n_u_self __pyx_string_tab[126]
+#define __pyx_n_u_send __pyx_string_tab[127]
+#define __pyx_n_u_serve __pyx_string_tab[128]
+#define __pyx_n_u_serve_async __pyx_string_tab[129]
+#define __pyx_n_u_server __pyx_string_tab[130]
+#define __pyx_n_u_setdefault __pyx_string_tab[131]
+#define __pyx_n_u_spin __pyx_string_tab[132]
+#define __pyx_n_u_submit __pyx_string_tab[133]
+#define __pyx_n_u_submit_async __pyx_string_tab[134]
+#define __pyx_n_u_take __pyx_string_tab[135]
+#define __pyx_n_u_take_async __pyx_string_tab[136]
+#define __pyx_n_u_taken __pyx_string_tab[137]
+#define __pyx_n_u_text __pyx_string_tab[138]
+#define __pyx_n_u_throw __pyx_string_tab[139]
+#define __pyx_n_u_time __pyx_string_tab[140]
+#define __pyx_n_u_timeout __pyx_string_tab[141]
+#define __pyx_n_u_value __pyx_string_tab[142]
+#define __pyx_n_u_values __pyx_string_tab[143]
+#define __pyx_n_u_view __pyx_string_tab[144]
+#define __pyx_n_u_weakref __pyx_string_tab[145]
+#define __pyx_n_u_why __pyx_string_tab[146]
+#define __pyx_kp_b__3 __pyx_string_tab[147]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[148]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1 __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[168]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5185,8 +5211,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<160; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<27; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<169; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5255,8 +5281,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<160; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<27; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<169; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6008,7 +6034,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/calls.pyx":39
+/* "ivshmem/channel/calls.pyx":40
  * 
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6020,7 +6046,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   struct __pyx_t_7ivshmem_7channel_5calls_Probed *__pyx_v_call;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/calls.pyx":40
+  /* "ivshmem/channel/calls.pyx":41
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:
  *     cdef Probed *call = <Probed *>what             # <<<<<<<<<<<<<<
@@ -6029,7 +6055,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
 */
   __pyx_v_call = ((struct __pyx_t_7ivshmem_7channel_5calls_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/calls.pyx":41
+  /* "ivshmem/channel/calls.pyx":42
  * cdef int64_t probe_call(void *what) noexcept nogil:
  *     cdef Probed *call = <Probed *>what
  *     return not ivshmem_call_waits(call.caller, call.position)             # <<<<<<<<<<<<<<
@@ -6042,7 +6068,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":39
+  /* "ivshmem/channel/calls.pyx":40
  * 
  * 
  * cdef int64_t probe_call(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6056,8 +6082,8 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":59
- *     cdef Probed probed
+/* "ivshmem/channel/calls.pyx":63
+ *     # those that sleep at its caller.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
@@ -6091,7 +6117,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attempt", 0);
 
-  /* "ivshmem/channel/calls.pyx":60
+  /* "ivshmem/channel/calls.pyx":64
  * 
  *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0             # <<<<<<<<<<<<<<
@@ -6100,7 +6126,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_length = 0;
 
-  /* "ivshmem/channel/calls.pyx":61
+  /* "ivshmem/channel/calls.pyx":65
  *     cdef int attempt(self) except? -2:
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0             # <<<<<<<<<<<<<<
@@ -6109,7 +6135,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_status = 0;
 
-  /* "ivshmem/channel/calls.pyx":62
+  /* "ivshmem/channel/calls.pyx":66
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0
  *         cdef int code, never = 0             # <<<<<<<<<<<<<<
@@ -6118,7 +6144,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":64
+  /* "ivshmem/channel/calls.pyx":68
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
@@ -6127,7 +6153,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   if (__pyx_v_self->over) {
 
-    /* "ivshmem/channel/calls.pyx":65
+    /* "ivshmem/channel/calls.pyx":69
  *         cdef bytes data
  *         if self.over:
  *             return 0             # <<<<<<<<<<<<<<
@@ -6140,7 +6166,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":64
+    /* "ivshmem/channel/calls.pyx":68
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
@@ -6149,7 +6175,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":66
+  /* "ivshmem/channel/calls.pyx":70
  *         if self.over:
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)             # <<<<<<<<<<<<<<
@@ -6158,7 +6184,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_code = ivshmem_call_look((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_length), (&__pyx_v_status));
 
-  /* "ivshmem/channel/calls.pyx":67
+  /* "ivshmem/channel/calls.pyx":71
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6170,7 +6196,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":68
+    /* "ivshmem/channel/calls.pyx":72
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -6183,7 +6209,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":67
+    /* "ivshmem/channel/calls.pyx":71
  *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6192,7 +6218,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":69
+  /* "ivshmem/channel/calls.pyx":73
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6202,19 +6228,19 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   switch (__pyx_v_code) {
     case 0:
 
-    /* "ivshmem/channel/calls.pyx":70
+    /* "ivshmem/channel/calls.pyx":74
  *             return code
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 70, __pyx_L1_error)
+    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_data = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/calls.pyx":71
+    /* "ivshmem/channel/calls.pyx":75
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -6223,7 +6249,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.channel), __pyx_v_self->caller->__pyx_base.writer.slot, __pyx_v_self->position)), __pyx_v_length);
 
-    /* "ivshmem/channel/calls.pyx":77
+    /* "ivshmem/channel/calls.pyx":81
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
@@ -6235,7 +6261,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/calls.pyx":78
+      /* "ivshmem/channel/calls.pyx":82
  *             )
  *             if status == REPLY:
  *                 self.reply = data             # <<<<<<<<<<<<<<
@@ -6247,7 +6273,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __Pyx_GOTREF(__pyx_v_self->reply);
       __Pyx_DECREF_SET(__pyx_v_self->reply, __pyx_v_data);
 
-      /* "ivshmem/channel/calls.pyx":77
+      /* "ivshmem/channel/calls.pyx":81
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
@@ -6257,7 +6283,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/calls.pyx":80
+    /* "ivshmem/channel/calls.pyx":84
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -6266,13 +6292,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
     /*else*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 80, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (unlikely(__pyx_v_data == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 80, __pyx_L1_error)
+        __PYX_ERR(0, 84, __pyx_L1_error)
       }
-      __pyx_t_7 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 80, __pyx_L1_error)
+      __pyx_t_7 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 84, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_6 = __pyx_t_7;
       __Pyx_INCREF(__pyx_t_6);
@@ -6283,13 +6309,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_mstate_global->__pyx_n_u_replace};
         #if CYTHON_VECTORCALL
         __pyx_t_9 = __pyx_mstate_global->__pyx_tuple[0];
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 80, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
         __Pyx_INCREF(__pyx_t_9);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
           __pyx_t_9 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 80, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         #endif
@@ -6299,10 +6325,10 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         #endif
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 80, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 84, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_5))) __PYX_ERR(0, 80, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_5))) __PYX_ERR(0, 84, __pyx_L1_error)
       __pyx_t_8 = 1;
       #if CYTHON_UNPACK_METHODS
       if (unlikely(PyMethod_Check(__pyx_t_4))) {
@@ -6321,13 +6347,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 80, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_v_why = __pyx_t_2;
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/calls.pyx":81
+      /* "ivshmem/channel/calls.pyx":85
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")             # <<<<<<<<<<<<<<
@@ -6335,11 +6361,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
  *             self.error = ServerLost(
 */
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 85, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 85, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 85, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_10[1] = __pyx_t_3;
@@ -6354,7 +6380,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_10, 4, __pyx_t_11, __pyx_t_12);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 81, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 85, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -6376,7 +6402,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 81, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 85, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_GIVEREF(__pyx_t_2);
@@ -6386,7 +6412,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     __pyx_L5:;
 
-    /* "ivshmem/channel/calls.pyx":69
+    /* "ivshmem/channel/calls.pyx":73
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6396,7 +6422,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
     case IVSHMEM_CLOSED:
 
-    /* "ivshmem/channel/calls.pyx":83
+    /* "ivshmem/channel/calls.pyx":87
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(             # <<<<<<<<<<<<<<
@@ -6404,17 +6430,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
  *                 " the work is not known"
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 83, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 87, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/channel/calls.pyx":84
+    /* "ivshmem/channel/calls.pyx":88
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(
  *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"             # <<<<<<<<<<<<<<
  *                 " the work is not known"
  *             )
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
     __pyx_t_13[1] = __pyx_t_4;
@@ -6428,7 +6454,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_13[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_13, 3, __pyx_t_11, __pyx_t_12);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 84, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_8 = 1;
@@ -6449,11 +6475,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 87, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
 
-    /* "ivshmem/channel/calls.pyx":83
+    /* "ivshmem/channel/calls.pyx":87
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(             # <<<<<<<<<<<<<<
@@ -6465,7 +6491,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/calls.pyx":82
+    /* "ivshmem/channel/calls.pyx":86
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -6475,14 +6501,14 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
     default:
 
-    /* "ivshmem/channel/calls.pyx":88
+    /* "ivshmem/channel/calls.pyx":92
  *             )
  *         else:
  *             self.error = self.caller.fail(code)             # <<<<<<<<<<<<<<
- *         self.over = True
+ *         self.end_call()
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_GIVEREF(__pyx_t_2);
     __Pyx_GOTREF(__pyx_v_self->error);
@@ -6491,30 +6517,31 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
   }
 
-  /* "ivshmem/channel/calls.pyx":89
+  /* "ivshmem/channel/calls.pyx":93
  *         else:
  *             self.error = self.caller.fail(code)
- *         self.over = True             # <<<<<<<<<<<<<<
+ *         self.end_call()             # <<<<<<<<<<<<<<
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
  *         return 0
 */
-  __pyx_v_self->over = 1;
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":90
+
+  /* "ivshmem/channel/calls.pyx":94
  *             self.error = self.caller.fail(code)
- *         self.over = True
+ *         self.end_call()
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
   (void)(ivshmem_call_end((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_never)));
 
-  /* "ivshmem/channel/calls.pyx":91
- *         self.over = True
+  /* "ivshmem/channel/calls.pyx":95
+ *         self.end_call()
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int enter(self) except -1:
+ *     cdef int end_call(self) except -1:
 */
   {
 
@@ -6522,8 +6549,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":59
- *     cdef Probed probed
+  /* "ivshmem/channel/calls.pyx":63
+ *     # those that sleep at its caller.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
@@ -6553,8 +6580,431 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":93
+/* "ivshmem/channel/calls.pyx":97
  *         return 0
+ * 
+ *     cdef int end_call(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that there is nothing to wait for any more."""
+ *         self.over = True
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/calls.pyx":99
+ *     cdef int end_call(self) except -1:
+ *         """Note that there is nothing to wait for any more."""
+ *         self.over = True             # <<<<<<<<<<<<<<
+ *         return self.end_watch()
+ * 
+*/
+  __pyx_v_self->over = 1;
+
+  /* "ivshmem/channel/calls.pyx":100
+ *         """Note that there is nothing to wait for any more."""
+ *         self.over = True
+ *         return self.end_watch()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_watch(self) except -1:
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":97
+ *         return 0
+ * 
+ *     cdef int end_call(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that there is nothing to wait for any more."""
+ *         self.over = True
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.end_call", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":102
+ *         return self.end_watch()
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.caller.asleep += 1
+ *         self.membership.watch(1)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/calls.pyx":103
+ * 
+ *     cdef int begin_watch(self) except -1:
+ *         self.caller.asleep += 1             # <<<<<<<<<<<<<<
+ *         self.membership.watch(1)
+ *         return self.membership.hurry()
+*/
+  __pyx_v_self->caller->__pyx_base.__pyx_base.asleep = (__pyx_v_self->caller->__pyx_base.__pyx_base.asleep + 1);
+
+  /* "ivshmem/channel/calls.pyx":104
+ *     cdef int begin_watch(self) except -1:
+ *         self.caller.asleep += 1
+ *         self.membership.watch(1)             # <<<<<<<<<<<<<<
+ *         return self.membership.hurry()
+ * 
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->watch(__pyx_v_self->__pyx_base.membership, 1);
+
+  /* "ivshmem/channel/calls.pyx":105
+ *         self.caller.asleep += 1
+ *         self.membership.watch(1)
+ *         return self.membership.hurry()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int end_watch(self) except -1:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->hurry(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":102
+ *         return self.end_watch()
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.caller.asleep += 1
+ *         self.membership.watch(1)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.begin_watch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":107
+ *         return self.membership.hurry()
+ * 
+ *     cdef int end_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Wake who watches the descriptor, for the last time."""
+ *         if not self.watched:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/calls.pyx":109
+ *     cdef int end_watch(self) except -1:
+ *         """Wake who watches the descriptor, for the last time."""
+ *         if not self.watched:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         self.watched = False
+*/
+  __pyx_t_1 = (!__pyx_v_self->__pyx_base.watched);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/calls.pyx":110
+ *         """Wake who watches the descriptor, for the last time."""
+ *         if not self.watched:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         self.watched = False
+ *         self.membership.watch(-1)
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/calls.pyx":109
+ *     cdef int end_watch(self) except -1:
+ *         """Wake who watches the descriptor, for the last time."""
+ *         if not self.watched:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         self.watched = False
+*/
+  }
+
+  /* "ivshmem/channel/calls.pyx":111
+ *         if not self.watched:
+ *             return 0
+ *         self.watched = False             # <<<<<<<<<<<<<<
+ *         self.membership.watch(-1)
+ *         self.caller.one_awake()
+*/
+  __pyx_v_self->__pyx_base.watched = 0;
+
+  /* "ivshmem/channel/calls.pyx":112
+ *             return 0
+ *         self.watched = False
+ *         self.membership.watch(-1)             # <<<<<<<<<<<<<<
+ *         self.caller.one_awake()
+ *         return self.membership.kick_all() if self.membership.is_own() else 0
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->watch(__pyx_v_self->__pyx_base.membership, -1);
+
+  /* "ivshmem/channel/calls.pyx":113
+ *         self.watched = False
+ *         self.membership.watch(-1)
+ *         self.caller.one_awake()             # <<<<<<<<<<<<<<
+ *         return self.membership.kick_all() if self.membership.is_own() else 0
+ * 
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.one_awake(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/calls.pyx":114
+ *         self.membership.watch(-1)
+ *         self.caller.one_awake()
+ *         return self.membership.kick_all() if self.membership.is_own() else 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int beat(self) except -1:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->is_own(__pyx_v_self->__pyx_base.membership);
+
+  if (__pyx_t_1) {
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_2 = __pyx_t_3;
+  } else {
+
+    __pyx_t_2 = 0;
+  }
+
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":107
+ *         return self.membership.hurry()
+ * 
+ *     cdef int end_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Wake who watches the descriptor, for the last time."""
+ *         if not self.watched:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.end_watch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":116
+ *         return self.membership.kick_all() if self.membership.is_own() else 0
+ * 
+ *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.caller):
+ *             if not self.watched:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("beat", 0);
+
+  /* "ivshmem/channel/calls.pyx":117
+ * 
+ *     cdef int beat(self) except -1:
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             if not self.watched:
+ *                 return 0
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->caller);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/calls.pyx":118
+ *     cdef int beat(self) except -1:
+ *         with cython.critical_section(self.caller):
+ *             if not self.watched:             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if not self.caller.usable():  # to ask for the result raises that
+*/
+        __pyx_t_2 = (!__pyx_v_self->__pyx_base.watched);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/calls.pyx":119
+ *         with cython.critical_section(self.caller):
+ *             if not self.watched:
+ *                 return 0             # <<<<<<<<<<<<<<
+ *             if not self.caller.usable():  # to ask for the result raises that
+ *                 self.end_watch()
+*/
+          {
+
+            __pyx_r = 0;
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/calls.pyx":118
+ *     cdef int beat(self) except -1:
+ *         with cython.critical_section(self.caller):
+ *             if not self.watched:             # <<<<<<<<<<<<<<
+ *                 return 0
+ *             if not self.caller.usable():  # to ask for the result raises that
+*/
+        }
+
+        /* "ivshmem/channel/calls.pyx":120
+ *             if not self.watched:
+ *                 return 0
+ *             if not self.caller.usable():  # to ask for the result raises that             # <<<<<<<<<<<<<<
+ *                 self.end_watch()
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
+*/
+        __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)));
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/calls.pyx":121
+ *                 return 0
+ *             if not self.caller.usable():  # to ask for the result raises that
+ *                 self.end_watch()             # <<<<<<<<<<<<<<
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
+ *                 self.membership.kick_all()
+*/
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/calls.pyx":120
+ *             if not self.watched:
+ *                 return 0
+ *             if not self.caller.usable():  # to ask for the result raises that             # <<<<<<<<<<<<<<
+ *                 self.end_watch()
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
+*/
+          goto __pyx_L7;
+        }
+
+        /* "ivshmem/channel/calls.pyx":122
+ *             if not self.caller.usable():  # to ask for the result raises that
+ *                 self.end_watch()
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
+ *             return 0
+*/
+        __pyx_t_2 = (!(ivshmem_call_waits((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position) != 0));
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/calls.pyx":123
+ *                 self.end_watch()
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
+ *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *             return 0
+ * 
+*/
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 123, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/calls.pyx":122
+ *             if not self.caller.usable():  # to ask for the result raises that
+ *                 self.end_watch()
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
+ *             return 0
+*/
+        }
+        __pyx_L7:;
+
+        /* "ivshmem/channel/calls.pyx":124
+ *             elif not ivshmem_call_waits(&self.caller.writer, self.position):
+ *                 self.membership.kick_all()
+ *             return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int enter(self) except -1:
+*/
+        {
+
+          __pyx_r = 0;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/calls.pyx":117
+ * 
+ *     cdef int beat(self) except -1:
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             if not self.watched:
+ *                 return 0
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/calls.pyx":116
+ *         return self.membership.kick_all() if self.membership.is_own() else 0
+ * 
+ *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.caller):
+ *             if not self.watched:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":126
+ *             return 0
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.caller is None:
@@ -6575,7 +7025,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/calls.pyx":94
+  /* "ivshmem/channel/calls.pyx":127
  * 
  *     cdef int enter(self) except -1:
  *         if self.caller is None:             # <<<<<<<<<<<<<<
@@ -6586,7 +7036,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/calls.pyx":95
+    /* "ivshmem/channel/calls.pyx":128
  *     cdef int enter(self) except -1:
  *         if self.caller is None:
  *             raise TypeError("a PendingCall is made by Caller.submit")             # <<<<<<<<<<<<<<
@@ -6599,14 +7049,14 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_PendingCall_is_made_by_Caller};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 95, __pyx_L1_error)
+    __PYX_ERR(0, 128, __pyx_L1_error)
 
-    /* "ivshmem/channel/calls.pyx":94
+    /* "ivshmem/channel/calls.pyx":127
  * 
  *     cdef int enter(self) except -1:
  *         if self.caller is None:             # <<<<<<<<<<<<<<
@@ -6615,7 +7065,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":96
+  /* "ivshmem/channel/calls.pyx":129
  *         if self.caller is None:
  *             raise TypeError("a PendingCall is made by Caller.submit")
  *         return 0 if self.over else self.caller.enter()             # <<<<<<<<<<<<<<
@@ -6626,7 +7076,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
 
     __pyx_t_5 = 0;
   } else {
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
     __pyx_t_5 = __pyx_t_6;
   }
   {
@@ -6634,8 +7084,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":93
- *         return 0
+  /* "ivshmem/channel/calls.pyx":126
+ *             return 0
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.caller is None:
@@ -6654,7 +7104,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":98
+/* "ivshmem/channel/calls.pyx":131
  *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -6667,7 +7117,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/calls.pyx":99
+  /* "ivshmem/channel/calls.pyx":132
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.caller             # <<<<<<<<<<<<<<
@@ -6685,7 +7135,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":98
+  /* "ivshmem/channel/calls.pyx":131
  *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -6700,7 +7150,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":101
+/* "ivshmem/channel/calls.pyx":134
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6715,7 +7165,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":102
+  /* "ivshmem/channel/calls.pyx":135
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)             # <<<<<<<<<<<<<<
@@ -6724,20 +7174,20 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 */
   ivshmem_queue_writer_sleep((&__pyx_v_self->caller->__pyx_base.writer));
 
-  /* "ivshmem/channel/calls.pyx":103
+  /* "ivshmem/channel/calls.pyx":136
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":101
+  /* "ivshmem/channel/calls.pyx":134
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6754,7 +7204,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":105
+/* "ivshmem/channel/calls.pyx":138
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6764,7 +7214,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
 
-  /* "ivshmem/channel/calls.pyx":106
+  /* "ivshmem/channel/calls.pyx":139
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6773,7 +7223,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->caller->__pyx_base.writer.sleep));
 
-  /* "ivshmem/channel/calls.pyx":105
+  /* "ivshmem/channel/calls.pyx":138
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6785,7 +7235,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 
 }
 
-/* "ivshmem/channel/calls.pyx":108
+/* "ivshmem/channel/calls.pyx":141
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6797,7 +7247,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":109
+  /* "ivshmem/channel/calls.pyx":142
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer             # <<<<<<<<<<<<<<
@@ -6806,7 +7256,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   __pyx_v_self->probed.caller = (&__pyx_v_self->caller->__pyx_base.writer);
 
-  /* "ivshmem/channel/calls.pyx":110
+  /* "ivshmem/channel/calls.pyx":143
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position             # <<<<<<<<<<<<<<
@@ -6817,7 +7267,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 
   __pyx_v_self->probed.position = __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":111
+  /* "ivshmem/channel/calls.pyx":144
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -6826,7 +7276,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/calls.pyx":112
+  /* "ivshmem/channel/calls.pyx":145
  *         self.probed.position = self.position
  *         what[0] = &self.probed
  *         probe[0] = probe_call             # <<<<<<<<<<<<<<
@@ -6835,12 +7285,12 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_5calls_probe_call;
 
-  /* "ivshmem/channel/calls.pyx":113
+  /* "ivshmem/channel/calls.pyx":146
  *         what[0] = &self.probed
  *         probe[0] = probe_call
  *         return 1             # <<<<<<<<<<<<<<
  * 
- *     def done(self):
+ *     def fileno(self):
 */
   {
 
@@ -6848,7 +7298,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":108
+  /* "ivshmem/channel/calls.pyx":141
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6862,8 +7312,396 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":115
+/* "ivshmem/channel/calls.pyx":148
  *         return 1
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """Return a descriptor, which becomes readable when `result` has something, and stays so.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_fileno, "Return a descriptor, which becomes readable when `result` has something, and stays so.\n\n        As of other ends, it is also readable at times without a reason: call `result` with\n        timeout=0, which raises TimeoutError then. It stays the call\047s, and `close()` closes it.\n\n        Raises:\n            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.\n            ClosedError: the call, its caller or the channels are closed.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_fileno};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("fileno (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("fileno", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_fileno(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[3];
+  Py_ssize_t __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("fileno", 0);
+
+  /* "ivshmem/channel/calls.pyx":158
+ *             ClosedError: the call, its caller or the channels are closed.
+ *         """
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             if self.caller is not None and not self.open:
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->caller);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/calls.pyx":159
+ *         """
+ *         with cython.critical_section(self.caller):
+ *             if self.caller is not None and not self.open:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+ *             if self.wakeup is None:
+*/
+        __pyx_t_3 = (((PyObject *)__pyx_v_self->caller) != Py_None);
+        if (__pyx_t_3) {
+
+        } else {
+
+          __pyx_t_2 = __pyx_t_3;
+
+          goto __pyx_L7_bool_binop_done;
+        }
+        __pyx_t_3 = (!__pyx_v_self->__pyx_base.open);
+
+
+        __pyx_t_2 = __pyx_t_3;
+
+        __pyx_L7_bool_binop_done:;
+        if (unlikely(__pyx_t_2)) {
+
+
+          /* "ivshmem/channel/calls.pyx":160
+ *         with cython.critical_section(self.caller):
+ *             if self.caller is not None and not self.open:
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")             # <<<<<<<<<<<<<<
+ *             if self.wakeup is None:
+ *                 self.enter()
+*/
+          __pyx_t_5 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 160, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 160, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_this_PendingCall_of;
+          __pyx_t_8[1] = __pyx_t_7;
+          __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_is_closed;
+          __pyx_t_9 = 30;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
+          #endif
+          __pyx_t_10 = 0;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
+          #endif
+          __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 160, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_11);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __pyx_t_12 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_6))) {
+            __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+            assert(__pyx_t_5);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+            __Pyx_INCREF(__pyx_t_5);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+            __pyx_t_12 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 160, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 160, __pyx_L4_error)
+
+          /* "ivshmem/channel/calls.pyx":159
+ *         """
+ *         with cython.critical_section(self.caller):
+ *             if self.caller is not None and not self.open:             # <<<<<<<<<<<<<<
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+ *             if self.wakeup is None:
+*/
+        }
+
+        /* "ivshmem/channel/calls.pyx":161
+ *             if self.caller is not None and not self.open:
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+ *             if self.wakeup is None:             # <<<<<<<<<<<<<<
+ *                 self.enter()
+ *                 self.wakeup = Wakeup(self.membership)
+*/
+        __pyx_t_2 = (((PyObject *)__pyx_v_self->__pyx_base.wakeup) == Py_None);
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/calls.pyx":162
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+ *             if self.wakeup is None:
+ *                 self.enter()             # <<<<<<<<<<<<<<
+ *                 self.wakeup = Wakeup(self.membership)
+ *                 self.membership.ends[id(self)] = weakref.ref(self)
+*/
+          __pyx_t_10 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 162, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/calls.pyx":163
+ *             if self.wakeup is None:
+ *                 self.enter()
+ *                 self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
+ *                 self.membership.ends[id(self)] = weakref.ref(self)
+ *                 if self.over:
+*/
+          __pyx_t_6 = NULL;
+          __pyx_t_12 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self->__pyx_base.membership)};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 163, __pyx_L4_error)
+            __Pyx_GOTREF((PyObject *)__pyx_t_4);
+          }
+          __Pyx_GIVEREF((PyObject *)__pyx_t_4);
+          __Pyx_GOTREF((PyObject *)__pyx_v_self->__pyx_base.wakeup);
+          __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
+          __pyx_t_4 = 0;
+
+          /* "ivshmem/channel/calls.pyx":164
+ *                 self.enter()
+ *                 self.wakeup = Wakeup(self.membership)
+ *                 self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
+ *                 if self.over:
+ *                     self.membership.kick_all()
+*/
+          __pyx_t_6 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_11);
+          __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+          __pyx_t_12 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_5))) {
+            __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_5);
+            assert(__pyx_t_6);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+            __Pyx_INCREF(__pyx_t_6);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __pyx_t_12 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          if (unlikely(__pyx_v_self->__pyx_base.membership->ends == Py_None)) {
+            PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+            __PYX_ERR(0, 164, __pyx_L4_error)
+          }
+          __pyx_t_6 = NULL;
+          __pyx_t_12 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
+            __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 164, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          if (unlikely((PyDict_SetItem(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_5, __pyx_t_4) < 0))) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+          /* "ivshmem/channel/calls.pyx":165
+ *                 self.wakeup = Wakeup(self.membership)
+ *                 self.membership.ends[id(self)] = weakref.ref(self)
+ *                 if self.over:             # <<<<<<<<<<<<<<
+ *                     self.membership.kick_all()
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
+*/
+          if (__pyx_v_self->over) {
+
+            /* "ivshmem/channel/calls.pyx":166
+ *                 self.membership.ends[id(self)] = weakref.ref(self)
+ *                 if self.over:
+ *                     self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
+ * 
+*/
+            __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L4_error)
+
+
+            /* "ivshmem/channel/calls.pyx":165
+ *                 self.wakeup = Wakeup(self.membership)
+ *                 self.membership.ends[id(self)] = weakref.ref(self)
+ *                 if self.over:             # <<<<<<<<<<<<<<
+ *                     self.membership.kick_all()
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
+*/
+          }
+
+          /* "ivshmem/channel/calls.pyx":161
+ *             if self.caller is not None and not self.open:
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+ *             if self.wakeup is None:             # <<<<<<<<<<<<<<
+ *                 self.enter()
+ *                 self.wakeup = Wakeup(self.membership)
+*/
+        }
+
+        /* "ivshmem/channel/calls.pyx":167
+ *                 if self.over:
+ *                     self.membership.kick_all()
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)             # <<<<<<<<<<<<<<
+ * 
+ *     def done(self):
+*/
+        if (__pyx_v_self->over) {
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_self->__pyx_base.wakeup->epoll->epfd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_4 = __pyx_t_5;
+          __pyx_t_5 = 0;
+        } else {
+          __pyx_t_6 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
+          __Pyx_INCREF(__pyx_t_6);
+          __pyx_t_12 = 0;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
+            __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          __pyx_t_4 = __pyx_t_5;
+          __pyx_t_5 = 0;
+        }
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_4;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/calls.pyx":158
+ *             ClosedError: the call, its caller or the channels are closed.
+ *         """
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             if self.caller is not None and not self.open:
+ *                 raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_13 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_13;
+          __pyx_t_13 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/calls.pyx":148
+ *         return 1
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """Return a descriptor, which becomes readable when `result` has something, and stays so.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":169
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
@@ -6871,16 +7709,16 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1done(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_done, "Whether `result` would return, or raise, at once.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_done};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1done(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2done, "Whether `result` would return, or raise, at once.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2done};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6906,14 +7744,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("done", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2done(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6925,7 +7763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":117
+  /* "ivshmem/channel/calls.pyx":171
  *     def done(self):
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -6939,25 +7777,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":118
+        /* "ivshmem/channel/calls.pyx":172
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             return self.attempt() == 0
  * 
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":119
+        /* "ivshmem/channel/calls.pyx":173
  *         with cython.critical_section(self.caller):
  *             self.enter()
  *             return self.attempt() == 0             # <<<<<<<<<<<<<<
  * 
  *     def result(self, timeout=None, *, spin=None):
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 119, __pyx_L4_error)
-        __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_t_2 == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 119, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 173, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_t_2 == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -6973,7 +7811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":117
+      /* "ivshmem/channel/calls.pyx":171
  *     def done(self):
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -6997,8 +7835,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":115
- *         return 1
+  /* "ivshmem/channel/calls.pyx":169
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
@@ -7017,7 +7855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":121
+/* "ivshmem/channel/calls.pyx":175
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7026,16 +7864,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3result(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2result, "Return the reply.\n\n        Args:\n            timeout: seconds to wait at most; None: for ever; 0: do not wait.\n            spin: as of `Endpoint.wait`.\n\n        Raises:\n            TimeoutError: no reply came in time; the call goes on.\n            CallFailed: the server replied that it failed.\n            ServerLost: the server that had begun is gone.\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3result = {"result", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3result, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2result};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3result(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result, "Return the reply.\n\n        Args:\n            timeout: seconds to wait at most; None: for ever; 0: do not wait.\n            spin: as of `Endpoint.wait`.\n\n        Raises:\n            TimeoutError: no reply came in time; the call goes on.\n            CallFailed: the server replied that it failed.\n            ServerLost: the server that had begun is gone.\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result = {"result", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7066,25 +7904,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 121, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 175, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 121, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 175, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 175, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7097,7 +7935,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 121, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 175, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7108,7 +7946,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7118,7 +7956,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7138,7 +7976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/calls.pyx":134
+  /* "ivshmem/channel/calls.pyx":188
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -7152,21 +7990,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":135
+        /* "ivshmem/channel/calls.pyx":189
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *             if self.error is not None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 == IVSHMEM_AGAIN);
 
 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/calls.pyx":136
+          /* "ivshmem/channel/calls.pyx":190
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -7174,9 +8012,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  *                 raise self.error
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 136, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 190, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 136, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
           __pyx_t_8[1] = __pyx_t_6;
@@ -7192,7 +8030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
           __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
           #endif
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_2);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 136, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 190, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7202,14 +8040,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 136, __pyx_L4_error)
+          __PYX_ERR(0, 190, __pyx_L4_error)
 
-          /* "ivshmem/channel/calls.pyx":135
+          /* "ivshmem/channel/calls.pyx":189
  *         """
  *         with cython.critical_section(self.caller):
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7218,7 +8056,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":137
+        /* "ivshmem/channel/calls.pyx":191
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *             if self.error is not None:             # <<<<<<<<<<<<<<
@@ -7229,7 +8067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/calls.pyx":138
+          /* "ivshmem/channel/calls.pyx":192
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *             if self.error is not None:
  *                 raise self.error             # <<<<<<<<<<<<<<
@@ -7237,9 +8075,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  * 
 */
           __Pyx_Raise(__pyx_v_self->error, 0, 0, 0);
-          __PYX_ERR(0, 138, __pyx_L4_error)
+          __PYX_ERR(0, 192, __pyx_L4_error)
 
-          /* "ivshmem/channel/calls.pyx":137
+          /* "ivshmem/channel/calls.pyx":191
  *             if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *                 raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *             if self.error is not None:             # <<<<<<<<<<<<<<
@@ -7248,7 +8086,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":139
+        /* "ivshmem/channel/calls.pyx":193
  *             if self.error is not None:
  *                 raise self.error
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)             # <<<<<<<<<<<<<<
@@ -7267,7 +8105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
             PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_self->reply};
             __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 139, __pyx_L4_error)
+            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 193, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_10);
           }
           __pyx_t_4 = __pyx_t_10;
@@ -7287,7 +8125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":134
+      /* "ivshmem/channel/calls.pyx":188
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
@@ -7311,7 +8149,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":121
+  /* "ivshmem/channel/calls.pyx":175
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7335,7 +8173,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":141
+/* "ivshmem/channel/calls.pyx":195
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7344,16 +8182,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7result_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result_async, "The twin of `result` for asyncio: a coroutine. `await call` does the same.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result_async = {"result_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_6result_async, "The twin of `result` for asyncio: a coroutine. `await call` does the same.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_7result_async = {"result_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7result_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_6result_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7result_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7383,24 +8221,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 141, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 141, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 141, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7411,7 +8249,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 141, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7422,7 +8260,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7432,7 +8270,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6result_async(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7442,16 +8280,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":143
+  /* "ivshmem/channel/calls.pyx":197
  *     def result_async(self, timeout=None):
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return until_in_time(self, self.result, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -7465,7 +8303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":141
+  /* "ivshmem/channel/calls.pyx":195
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7485,7 +8323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":145
+/* "ivshmem/channel/calls.pyx":199
  *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -7494,21 +8332,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__await__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8__await__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7521,7 +8359,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/calls.pyx":146
+  /* "ivshmem/channel/calls.pyx":200
  * 
  *     def __await__(self):
  *         return self.result_async().__await__()             # <<<<<<<<<<<<<<
@@ -7535,7 +8373,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __pyx_t_2 = __pyx_t_3;
@@ -7546,7 +8384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_await, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7560,7 +8398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":145
+  /* "ivshmem/channel/calls.pyx":199
  *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -7582,7 +8420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":148
+/* "ivshmem/channel/calls.pyx":202
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -7591,16 +8429,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9cancel(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11cancel(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_8cancel, "Give the call up; return whether it is certain that no server began with it.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_9cancel = {"cancel", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_8cancel};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9cancel(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10cancel, "Give the call up; return whether it is certain that no server began with it.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11cancel = {"cancel", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11cancel, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10cancel};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11cancel(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7626,27 +8464,27 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("cancel", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10cancel(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   int __pyx_v_never;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[3];
-  Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[3];
+  Py_ssize_t __pyx_t_10;
   PyObject *__pyx_t_11 = NULL;
   size_t __pyx_t_12;
   int __pyx_t_13;
@@ -7656,20 +8494,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/calls.pyx":150
+  /* "ivshmem/channel/calls.pyx":204
  *     def cancel(self):
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0             # <<<<<<<<<<<<<<
  *         with cython.critical_section(self.caller):
- *             if self.over or self.caller is None or not self.caller.usable():
+ *             if self.over or self.caller is None:
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":151
+  /* "ivshmem/channel/calls.pyx":205
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
- *             if self.over or self.caller is None or not self.caller.usable():
+ *             if self.over or self.caller is None:
  *                 return False
 */
   {
@@ -7679,12 +8517,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":152
+        /* "ivshmem/channel/calls.pyx":206
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):
- *             if self.over or self.caller is None or not self.caller.usable():             # <<<<<<<<<<<<<<
+ *             if self.over or self.caller is None:             # <<<<<<<<<<<<<<
  *                 return False
- *             self.over = True
+ *             if not self.caller.usable():
 */
         if (!__pyx_v_self->over) {
         } else {
@@ -7693,16 +8531,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
           goto __pyx_L7_bool_binop_done;
         }
         __pyx_t_3 = (((PyObject *)__pyx_v_self->caller) == Py_None);
-        if (!__pyx_t_3) {
-
-        } else {
-
-          __pyx_t_2 = __pyx_t_3;
-
-          goto __pyx_L7_bool_binop_done;
-        }
-        __pyx_t_3 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)));
-
 
         __pyx_t_2 = __pyx_t_3;
 
@@ -7710,11 +8538,61 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":153
+          /* "ivshmem/channel/calls.pyx":207
  *         with cython.critical_section(self.caller):
- *             if self.over or self.caller is None or not self.caller.usable():
+ *             if self.over or self.caller is None:
  *                 return False             # <<<<<<<<<<<<<<
- *             self.over = True
+ *             if not self.caller.usable():
+ *                 self.end_watch()
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __Pyx_INCREF(Py_False);
+              __pyx_r = Py_False;
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/calls.pyx":206
+ *         cdef int never = 0
+ *         with cython.critical_section(self.caller):
+ *             if self.over or self.caller is None:             # <<<<<<<<<<<<<<
+ *                 return False
+ *             if not self.caller.usable():
+*/
+        }
+
+        /* "ivshmem/channel/calls.pyx":208
+ *             if self.over or self.caller is None:
+ *                 return False
+ *             if not self.caller.usable():             # <<<<<<<<<<<<<<
+ *                 self.end_watch()
+ *                 return False
+*/
+        __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)));
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/calls.pyx":209
+ *                 return False
+ *             if not self.caller.usable():
+ *                 self.end_watch()             # <<<<<<<<<<<<<<
+ *                 return False
+ *             self.end_call()
+*/
+          __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/calls.pyx":210
+ *             if not self.caller.usable():
+ *                 self.end_watch()
+ *                 return False             # <<<<<<<<<<<<<<
+ *             self.end_call()
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
 */
           {
@@ -7729,79 +8607,80 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":152
- *         cdef int never = 0
- *         with cython.critical_section(self.caller):
- *             if self.over or self.caller is None or not self.caller.usable():             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/calls.pyx":208
+ *             if self.over or self.caller is None:
  *                 return False
- *             self.over = True
+ *             if not self.caller.usable():             # <<<<<<<<<<<<<<
+ *                 self.end_watch()
+ *                 return False
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":154
- *             if self.over or self.caller is None or not self.caller.usable():
+        /* "ivshmem/channel/calls.pyx":211
+ *                 self.end_watch()
  *                 return False
- *             self.over = True             # <<<<<<<<<<<<<<
+ *             self.end_call()             # <<<<<<<<<<<<<<
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
 */
-        __pyx_v_self->over = 1;
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L4_error)
 
-        /* "ivshmem/channel/calls.pyx":155
+
+        /* "ivshmem/channel/calls.pyx":212
  *                 return False
- *             self.over = True
+ *             self.end_call()
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")             # <<<<<<<<<<<<<<
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
  *                 self.caller.given_up.append(self.position)
 */
-        __pyx_t_5 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 155, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_6);
-        __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 155, __pyx_L4_error)
+        __pyx_t_6 = NULL;
+        __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 212, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
-        __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
-        __pyx_t_8[1] = __pyx_t_7;
-        __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_it_was_cancelled;
-        __pyx_t_9 = 26;
+        __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 212, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
+        __pyx_t_9[1] = __pyx_t_8;
+        __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_it_was_cancelled;
+        __pyx_t_10 = 26;
         #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-        __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
+        __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
         #endif
-        __pyx_t_10 = 0;
+        __pyx_t_4 = 0;
         #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-        __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
+        __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
         #endif
-        __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_10);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 155, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_4);
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 212, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_11);
-        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         __pyx_t_12 = 1;
         #if CYTHON_UNPACK_METHODS
-        if (unlikely(PyMethod_Check(__pyx_t_6))) {
-          __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-          assert(__pyx_t_5);
-          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-          __Pyx_INCREF(__pyx_t_5);
+        if (unlikely(PyMethod_Check(__pyx_t_7))) {
+          __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+          assert(__pyx_t_6);
+          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+          __Pyx_INCREF(__pyx_t_6);
           __Pyx_INCREF(__pyx__function);
-          __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+          __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
           __pyx_t_12 = 0;
         }
         #endif
         {
-          PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
-          __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
+          __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_4);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
         }
-        __Pyx_GIVEREF(__pyx_t_4);
+        __Pyx_GIVEREF(__pyx_t_5);
         __Pyx_GOTREF(__pyx_v_self->error);
-        __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_4);
-        __pyx_t_4 = 0;
+        __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_5);
+        __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/calls.pyx":156
- *             self.over = True
+        /* "ivshmem/channel/calls.pyx":213
+ *             self.end_call()
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
  *                 self.caller.given_up.append(self.position)
@@ -7812,7 +8691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":157
+          /* "ivshmem/channel/calls.pyx":214
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
  *                 self.caller.given_up.append(self.position)             # <<<<<<<<<<<<<<
@@ -7821,16 +8700,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 */
           if (unlikely(__pyx_v_self->caller->given_up == Py_None)) {
             PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-            __PYX_ERR(0, 157, __pyx_L4_error)
+            __PYX_ERR(0, 214, __pyx_L4_error)
           }
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_4); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L4_error)
-          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_13 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_5); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L4_error)
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-          /* "ivshmem/channel/calls.pyx":156
- *             self.over = True
+          /* "ivshmem/channel/calls.pyx":213
+ *             self.end_call()
  *             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
  *                 self.caller.given_up.append(self.position)
@@ -7838,33 +8717,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":158
+        /* "ivshmem/channel/calls.pyx":215
  *             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
  *                 self.caller.given_up.append(self.position)
  *             return never != 0             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 158, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_5 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 215, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_4;
+            __pyx_r = __pyx_t_5;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_4 = 0;
+        __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":151
+      /* "ivshmem/channel/calls.pyx":205
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
  *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
- *             if self.over or self.caller is None or not self.caller.usable():
+ *             if self.over or self.caller is None:
  *                 return False
 */
       /*finally:*/ {
@@ -7884,7 +8763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":148
+  /* "ivshmem/channel/calls.pyx":202
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -7895,10 +8774,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.cancel", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
@@ -7909,25 +8788,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":160
+/* "ivshmem/channel/calls.pyx":217
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Give the call up; may be called twice."""
+ *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close, "Give the call up; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12close, "Give the call up, and close its descriptor; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12close};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7953,30 +8832,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   size_t __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/calls.pyx":162
+  /* "ivshmem/channel/calls.pyx":219
  *     def close(self):
- *         """Give the call up; may be called twice."""
+ *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()             # <<<<<<<<<<<<<<
- * 
- *     def __del__(self):
+ *         with cython.critical_section(self.caller):
+ *             self.open = False
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self);
   __Pyx_INCREF(__pyx_t_2);
@@ -7985,16 +8867,121 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":160
+  /* "ivshmem/channel/calls.pyx":220
+ *         """Give the call up, and close its descriptor; may be called twice."""
+ *         self.cancel()
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             self.open = False
+ *             self.wakeup = self.slept_on = None
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->caller);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/calls.pyx":221
+ *         self.cancel()
+ *         with cython.critical_section(self.caller):
+ *             self.open = False             # <<<<<<<<<<<<<<
+ *             self.wakeup = self.slept_on = None
+ *             if self.membership is not None:
+*/
+        __pyx_v_self->__pyx_base.open = 0;
+
+        /* "ivshmem/channel/calls.pyx":222
+ *         with cython.critical_section(self.caller):
+ *             self.open = False
+ *             self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
+ *             if self.membership is not None:
+ *                 self.membership.ends.pop(id(self), None)
+*/
+        __Pyx_INCREF(Py_None);
+        __Pyx_GIVEREF(Py_None);
+        __Pyx_GOTREF((PyObject *)__pyx_v_self->__pyx_base.wakeup);
+        __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
+        __Pyx_INCREF(Py_None);
+        __Pyx_GIVEREF(Py_None);
+        __Pyx_GOTREF((PyObject *)__pyx_v_self->__pyx_base.slept_on);
+        __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
+
+        /* "ivshmem/channel/calls.pyx":223
+ *             self.open = False
+ *             self.wakeup = self.slept_on = None
+ *             if self.membership is not None:             # <<<<<<<<<<<<<<
+ *                 self.membership.ends.pop(id(self), None)
+ * 
+*/
+        __pyx_t_4 = (((PyObject *)__pyx_v_self->__pyx_base.membership) != Py_None);
+        if (__pyx_t_4) {
+
+
+          /* "ivshmem/channel/calls.pyx":224
+ *             self.wakeup = self.slept_on = None
+ *             if self.membership is not None:
+ *                 self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
+ * 
+ *     def __del__(self):
+*/
+          if (unlikely(__pyx_v_self->__pyx_base.membership->ends == Py_None)) {
+            PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
+            __PYX_ERR(0, 224, __pyx_L4_error)
+          }
+          __pyx_t_5 = NULL;
+          __pyx_t_3 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+            __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_2);
+          }
+          __pyx_t_6 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->__pyx_base.membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L4_error)
+          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+
+          /* "ivshmem/channel/calls.pyx":223
+ *             self.open = False
+ *             self.wakeup = self.slept_on = None
+ *             if self.membership is not None:             # <<<<<<<<<<<<<<
+ *                 self.membership.ends.pop(id(self), None)
+ * 
+*/
+        }
+      }
+
+      /* "ivshmem/channel/calls.pyx":220
+ *         """Give the call up, and close its descriptor; may be called twice."""
+ *         self.cancel()
+ *         with cython.critical_section(self.caller):             # <<<<<<<<<<<<<<
+ *             self.open = False
+ *             self.wakeup = self.slept_on = None
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/calls.pyx":217
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Give the call up; may be called twice."""
+ *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
 */
 
@@ -8004,6 +8991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct 
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8012,28 +9000,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":164
- *         self.cancel()
+/* "ivshmem/channel/calls.pyx":226
+ *                 self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
- *         self.cancel()
+ *         self.close()
  * 
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__del__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -8043,10 +9031,10 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":165
+  /* "ivshmem/channel/calls.pyx":227
  * 
  *     def __del__(self):
- *         self.cancel()             # <<<<<<<<<<<<<<
+ *         self.close()             # <<<<<<<<<<<<<<
  * 
  * 
 */
@@ -8055,18 +9043,18 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __p
   __pyx_t_3 = 0;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":164
- *         self.cancel()
+  /* "ivshmem/channel/calls.pyx":226
+ *                 self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
- *         self.cancel()
+ *         self.close()
  * 
 */
 
@@ -8088,16 +9076,16 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8123,14 +9111,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8170,16 +9158,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cyth
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8245,7 +9233,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8255,7 +9243,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8287,7 +9275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":174
+/* "ivshmem/channel/calls.pyx":236
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -8332,21 +9320,21 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/calls.pyx":175
+  /* "ivshmem/channel/calls.pyx":237
  * 
  *     def __init__(self, *args):
  *         self.given_up = []             # <<<<<<<<<<<<<<
  * 
  *     cdef int restore(self) except -1:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->given_up);
   __Pyx_DECREF_SET(__pyx_v_self->given_up, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":174
+  /* "ivshmem/channel/calls.pyx":236
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -8367,7 +9355,7 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":177
+/* "ivshmem/channel/calls.pyx":239
  *         self.given_up = []
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -8383,7 +9371,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":178
+  /* "ivshmem/channel/calls.pyx":240
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -8392,7 +9380,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
 */
   ivshmem_writer_beat((&__pyx_v_self->__pyx_base.writer));
 
-  /* "ivshmem/channel/calls.pyx":179
+  /* "ivshmem/channel/calls.pyx":241
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
@@ -8404,17 +9392,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":180
+    /* "ivshmem/channel/calls.pyx":242
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/calls.pyx":179
+    /* "ivshmem/channel/calls.pyx":241
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
@@ -8423,7 +9411,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":181
+  /* "ivshmem/channel/calls.pyx":243
  *         if self.awaited:  # for a reply, or for room
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8436,7 +9424,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":177
+  /* "ivshmem/channel/calls.pyx":239
  *         self.given_up = []
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -8453,7 +9441,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":183
+/* "ivshmem/channel/calls.pyx":245
  *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8476,7 +9464,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ready", 0);
 
-  /* "ivshmem/channel/calls.pyx":184
+  /* "ivshmem/channel/calls.pyx":246
  * 
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0             # <<<<<<<<<<<<<<
@@ -8485,7 +9473,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":185
+  /* "ivshmem/channel/calls.pyx":247
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)             # <<<<<<<<<<<<<<
@@ -8501,16 +9489,16 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-      __PYX_ERR(0, 185, __pyx_L1_error)
+      __PYX_ERR(0, 247, __pyx_L1_error)
     }
-    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 247, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_i = __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":186
+  /* "ivshmem/channel/calls.pyx":248
  *         cdef int never = 0
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
  *         while i > 0:  # in place: a call that is collected during this adds itself             # <<<<<<<<<<<<<<
@@ -8523,7 +9511,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/channel/calls.pyx":187
+    /* "ivshmem/channel/calls.pyx":249
  *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1             # <<<<<<<<<<<<<<
@@ -8532,7 +9520,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
     __pyx_v_i = (__pyx_v_i - 1);
 
-    /* "ivshmem/channel/calls.pyx":188
+    /* "ivshmem/channel/calls.pyx":250
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
@@ -8541,11 +9529,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
     if (unlikely(__pyx_v_self->given_up == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 188, __pyx_L1_error)
+      __PYX_ERR(0, 250, __pyx_L1_error)
     }
-    __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 188, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_5 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_5 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 250, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_2 = (ivshmem_call_end((&__pyx_v_self->__pyx_base.writer), __pyx_t_5, (&__pyx_v_never)) != 0);
 
@@ -8553,7 +9541,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/calls.pyx":189
+      /* "ivshmem/channel/calls.pyx":251
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
  *                 del self.given_up[i]             # <<<<<<<<<<<<<<
@@ -8562,11 +9550,11 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
 */
       if (unlikely(__pyx_v_self->given_up == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 189, __pyx_L1_error)
+        __PYX_ERR(0, 251, __pyx_L1_error)
       }
-      if (unlikely((__Pyx_DelItemInt(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely((__Pyx_DelItemInt(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 251, __pyx_L1_error)
 
-      /* "ivshmem/channel/calls.pyx":188
+      /* "ivshmem/channel/calls.pyx":250
  *         while i > 0:  # in place: a call that is collected during this adds itself
  *             i -= 1
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
@@ -8576,7 +9564,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":190
+  /* "ivshmem/channel/calls.pyx":252
  *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
  *                 del self.given_up[i]
  *         return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -8589,7 +9577,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":183
+  /* "ivshmem/channel/calls.pyx":245
  *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8610,7 +9598,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":192
+/* "ivshmem/channel/calls.pyx":254
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8660,24 +9648,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 192, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 254, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 254, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":193
+      /* "ivshmem/channel/calls.pyx":255
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8687,17 +9675,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 192, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 254, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 254, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 254, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8710,7 +9698,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 192, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 254, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8723,7 +9711,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":192
+  /* "ivshmem/channel/calls.pyx":254
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8773,7 +9761,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":206
+        /* "ivshmem/channel/calls.pyx":268
  *         cdef PendingCall call
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -8782,7 +9770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/calls.pyx":207
+        /* "ivshmem/channel/calls.pyx":269
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -8793,7 +9781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":208
+          /* "ivshmem/channel/calls.pyx":270
  *         cdef uint32_t cell = 0
  *         if self.type is not None:
  *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
@@ -8807,13 +9795,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 208, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":207
+          /* "ivshmem/channel/calls.pyx":269
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -8822,19 +9810,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":209
+        /* "ivshmem/channel/calls.pyx":271
  *         if self.type is not None:
  *             data = self.type.encode(data)
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail             # <<<<<<<<<<<<<<
  *         call.over = True
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
 */
-        __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/calls.pyx":210
+        /* "ivshmem/channel/calls.pyx":272
  *             data = self.type.encode(data)
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True             # <<<<<<<<<<<<<<
@@ -8843,17 +9831,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         __pyx_v_call->over = 1;
 
-        /* "ivshmem/channel/calls.pyx":211
+        /* "ivshmem/channel/calls.pyx":273
  *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
  *         call.over = True
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()
 */
-        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 273, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":212
+        /* "ivshmem/channel/calls.pyx":274
  *         call.over = True
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -8862,17 +9850,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":213
+          /* "ivshmem/channel/calls.pyx":275
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/calls.pyx":214
+          /* "ivshmem/channel/calls.pyx":276
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8884,20 +9872,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/calls.pyx":215
+            /* "ivshmem/channel/calls.pyx":277
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 277, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 215, __pyx_L8_error)
+            __PYX_ERR(0, 277, __pyx_L8_error)
 
-            /* "ivshmem/channel/calls.pyx":214
+            /* "ivshmem/channel/calls.pyx":276
  *         try:
  *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8906,17 +9894,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":216
+          /* "ivshmem/channel/calls.pyx":278
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/calls.pyx":217
+          /* "ivshmem/channel/calls.pyx":279
  *                 raise self.too_long(view.len)
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)             # <<<<<<<<<<<<<<
@@ -8925,7 +9913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":218
+          /* "ivshmem/channel/calls.pyx":280
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self             # <<<<<<<<<<<<<<
@@ -8937,7 +9925,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_GOTREF((PyObject *)__pyx_v_call->caller);
           __Pyx_DECREF_SET(__pyx_v_call->caller, __pyx_v_self);
 
-          /* "ivshmem/channel/calls.pyx":219
+          /* "ivshmem/channel/calls.pyx":281
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
  *             call.membership = self.membership             # <<<<<<<<<<<<<<
@@ -8951,7 +9939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":220
+          /* "ivshmem/channel/calls.pyx":282
  *             call.caller = self
  *             call.membership = self.membership
  *             call.channel = self.channel             # <<<<<<<<<<<<<<
@@ -8962,7 +9950,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 
           __pyx_v_call->__pyx_base.channel = __pyx_t_7;
 
-          /* "ivshmem/channel/calls.pyx":221
+          /* "ivshmem/channel/calls.pyx":283
  *             call.membership = self.membership
  *             call.channel = self.channel
  *             call.name = self.name             # <<<<<<<<<<<<<<
@@ -8976,7 +9964,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":222
+          /* "ivshmem/channel/calls.pyx":284
  *             call.channel = self.channel
  *             call.name = self.name
  *             call.open = True             # <<<<<<<<<<<<<<
@@ -8985,7 +9973,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->__pyx_base.open = 1;
 
-          /* "ivshmem/channel/calls.pyx":223
+          /* "ivshmem/channel/calls.pyx":285
  *             call.name = self.name
  *             call.open = True
  *             call.position = self.writer.next             # <<<<<<<<<<<<<<
@@ -8996,7 +9984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 
           __pyx_v_call->position = __pyx_t_8;
 
-          /* "ivshmem/channel/calls.pyx":224
+          /* "ivshmem/channel/calls.pyx":286
  *             call.open = True
  *             call.position = self.writer.next
  *             call.over = False             # <<<<<<<<<<<<<<
@@ -9005,17 +9993,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_call->over = 0;
 
-          /* "ivshmem/channel/calls.pyx":225
+          /* "ivshmem/channel/calls.pyx":287
  *             call.position = self.writer.next
  *             call.over = False
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return call
  *         finally:
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 225, __pyx_L8_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 287, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/calls.pyx":226
+          /* "ivshmem/channel/calls.pyx":288
  *             call.over = False
  *             self.send(cell, view.len, 0)
  *             return call             # <<<<<<<<<<<<<<
@@ -9035,7 +10023,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/calls.pyx":228
+        /* "ivshmem/channel/calls.pyx":290
  *             return call
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -9085,7 +10073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/calls.pyx":192
+      /* "ivshmem/channel/calls.pyx":254
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9128,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":230
+/* "ivshmem/channel/calls.pyx":292
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9178,36 +10166,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 230, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 230, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 230, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 292, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9220,7 +10208,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 230, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9272,17 +10260,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("call", 0);
 
-  /* "ivshmem/channel/calls.pyx":242
+  /* "ivshmem/channel/calls.pyx":304
  *         """
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9301,7 +10289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -9314,7 +10302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   __pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":243
+  /* "ivshmem/channel/calls.pyx":305
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -9330,13 +10318,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_data, __pyx_v_timeout, __pyx_v_spin};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 243, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 243, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -9345,14 +10333,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 305, __pyx_L1_error)
   __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":244
+  /* "ivshmem/channel/calls.pyx":306
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -9368,19 +10356,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":245
+      /* "ivshmem/channel/calls.pyx":307
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 245, __pyx_L3_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 307, __pyx_L3_error)
       if (__pyx_t_2) {
 
         __pyx_t_10 = 0;
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 245, __pyx_L3_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -9399,21 +10387,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 245, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 245, __pyx_L3_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 245, __pyx_L3_error)
+        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_5);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L3_error)
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 245, __pyx_L3_error)
+        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 307, __pyx_L3_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         if (__pyx_t_11) {
-          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L3_error)
+          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_3);
           __pyx_t_4 = __pyx_t_3;
           __pyx_t_3 = 0;
@@ -9434,7 +10422,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":246
+      /* "ivshmem/channel/calls.pyx":308
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)             # <<<<<<<<<<<<<<
@@ -9450,13 +10438,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_v_left, __pyx_v_spin};
         #if CYTHON_VECTORCALL
         __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L3_error)
         __Pyx_INCREF(__pyx_t_5);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
           __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 246, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
         #endif
@@ -9465,7 +10453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         #if CYTHON_VECTORCALL
         #endif
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -9479,7 +10467,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_1 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":244
+      /* "ivshmem/channel/calls.pyx":306
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -9493,7 +10481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":247
+    /* "ivshmem/channel/calls.pyx":309
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -9503,12 +10491,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 247, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 309, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
 
-      /* "ivshmem/channel/calls.pyx":248
+      /* "ivshmem/channel/calls.pyx":310
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -9522,10 +10510,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_14, NULL};
         __pyx_t_13 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 248, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 310, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_13);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 248, __pyx_L5_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 310, __pyx_L5_except_error)
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -9538,7 +10526,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_how = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":249
+      /* "ivshmem/channel/calls.pyx":311
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -9547,18 +10535,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __pyx_t_13 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":250
+      /* "ivshmem/channel/calls.pyx":312
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 250, __pyx_L5_except_error)
+      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 312, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 250, __pyx_L5_except_error)
+      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 312, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 250, __pyx_L5_except_error)
+      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 312, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_16);
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_17[1] = __pyx_t_14;
@@ -9575,7 +10563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_17, 6, __pyx_t_18, __pyx_t_12);
-      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 250, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 312, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_19);
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -9586,11 +10574,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
         __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
 
-      /* "ivshmem/channel/calls.pyx":251
+      /* "ivshmem/channel/calls.pyx":313
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -9599,10 +10587,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __Pyx_Raise(__pyx_t_3, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 249, __pyx_L5_except_error)
+      __PYX_ERR(0, 311, __pyx_L5_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":252
+    /* "ivshmem/channel/calls.pyx":314
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9612,12 +10600,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 252, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 314, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":253
+      /* "ivshmem/channel/calls.pyx":315
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -9631,12 +10619,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_19, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 253, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 315, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":254
+      /* "ivshmem/channel/calls.pyx":316
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -9648,11 +10636,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_1);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 254, __pyx_L5_except_error)
+      __PYX_ERR(0, 316, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":244
+    /* "ivshmem/channel/calls.pyx":306
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -9673,7 +10661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":230
+  /* "ivshmem/channel/calls.pyx":292
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9704,7 +10692,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":256
+/* "ivshmem/channel/calls.pyx":318
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9753,35 +10741,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 256, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 318, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 318, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 256, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 318, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 256, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 318, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 318, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9792,7 +10780,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 256, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 318, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9824,21 +10812,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":258
+  /* "ivshmem/channel/calls.pyx":320
  *     def submit_async(self, data, timeout=None):
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     async def call_async(self, data, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_data);
   __Pyx_GIVEREF(__pyx_v_data);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 258, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 320, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -9853,7 +10841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":256
+  /* "ivshmem/channel/calls.pyx":318
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9875,7 +10863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":260
+/* "ivshmem/channel/calls.pyx":322
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9924,35 +10912,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 322, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 322, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 260, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 322, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 322, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 322, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9963,7 +10951,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 322, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9996,7 +10984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 260, __pyx_L1_error)
+    __PYX_ERR(0, 322, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -10010,7 +10998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 260, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 322, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -10066,20 +11054,20 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 260, __pyx_L1_error)
+    __PYX_ERR(0, 322, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":263
+  /* "ivshmem/channel/calls.pyx":325
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = await self.submit_async(data, timeout)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 325, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 263, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 325, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10098,7 +11086,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -10112,7 +11100,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_cur_scope->__pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":264
+  /* "ivshmem/channel/calls.pyx":326
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)             # <<<<<<<<<<<<<<
@@ -10126,7 +11114,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_cur_scope->__pyx_v_data, __pyx_cur_scope->__pyx_v_timeout};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_submit_async, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 264, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -10140,21 +11128,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 264, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 326, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 264, __pyx_L1_error)
+    __PYX_ERR(0, 326, __pyx_L1_error)
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 264, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":265
+  /* "ivshmem/channel/calls.pyx":327
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -10168,19 +11156,19 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XGOTREF(__pyx_t_10);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":266
+      /* "ivshmem/channel/calls.pyx":328
  *         call = await self.submit_async(data, timeout)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return await call.result_async(left)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 266, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 328, __pyx_L5_error)
       if (__pyx_t_2) {
 
         __pyx_t_11 = 0;
         __pyx_t_5 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 266, __pyx_L5_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -10199,21 +11187,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 266, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 266, __pyx_L5_error)
+        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 328, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         if (__pyx_t_12) {
-          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L5_error)
+          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_4 = __pyx_t_5;
           __pyx_t_5 = 0;
@@ -10235,7 +11223,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":267
+      /* "ivshmem/channel/calls.pyx":329
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)             # <<<<<<<<<<<<<<
@@ -10249,7 +11237,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_cur_scope->__pyx_v_left};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -10278,14 +11266,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_10 = __pyx_cur_scope->__pyx_t_2;
         __pyx_cur_scope->__pyx_t_2 = 0;
         __Pyx_XGOTREF(__pyx_t_10);
-        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 267, __pyx_L5_error)
+        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 329, __pyx_L5_error)
         __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
       } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
         __Pyx_GOTREF(__pyx_r);
         __pyx_t_1 = __pyx_r; __pyx_r = NULL;
       } else {
         __Pyx_XGOTREF(__pyx_r);
-        __PYX_ERR(0, 267, __pyx_L5_error)
+        __PYX_ERR(0, 329, __pyx_L5_error)
       }
       {
         PyObject *__pyx_temp;
@@ -10298,7 +11286,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_1 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/calls.pyx":265
+      /* "ivshmem/channel/calls.pyx":327
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -10312,7 +11300,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":268
+    /* "ivshmem/channel/calls.pyx":330
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -10322,12 +11310,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 268, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 330, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/calls.pyx":269
+      /* "ivshmem/channel/calls.pyx":331
  *             return await call.result_async(left)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -10341,10 +11329,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 269, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 331, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 269, __pyx_L7_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 331, __pyx_L7_except_error)
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -10358,7 +11346,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_how = ((PyObject*)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":270
+      /* "ivshmem/channel/calls.pyx":332
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10367,18 +11355,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __pyx_t_14 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":271
+      /* "ivshmem/channel/calls.pyx":333
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 271, __pyx_L7_except_error)
+      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 333, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 271, __pyx_L7_except_error)
+      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 333, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_16);
-      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 271, __pyx_L7_except_error)
+      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 333, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_17);
       __pyx_t_18[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_18[1] = __pyx_t_15;
@@ -10395,7 +11383,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_13 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[5]);
       #endif
       __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_18, 6, __pyx_t_19, __pyx_t_13);
-      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 271, __pyx_L7_except_error)
+      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 333, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_20);
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
@@ -10406,11 +11394,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
         __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 332, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
 
-      /* "ivshmem/channel/calls.pyx":272
+      /* "ivshmem/channel/calls.pyx":334
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -10419,10 +11407,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __Pyx_Raise(__pyx_t_5, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 270, __pyx_L7_except_error)
+      __PYX_ERR(0, 332, __pyx_L7_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":273
+    /* "ivshmem/channel/calls.pyx":335
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10432,12 +11420,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 273, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 335, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":274
+      /* "ivshmem/channel/calls.pyx":336
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -10451,12 +11439,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_20, NULL};
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 274, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":275
+      /* "ivshmem/channel/calls.pyx":337
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -10468,11 +11456,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_1);
       __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 275, __pyx_L7_except_error)
+      __PYX_ERR(0, 337, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/calls.pyx":265
+    /* "ivshmem/channel/calls.pyx":327
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -10494,7 +11482,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":260
+  /* "ivshmem/channel/calls.pyx":322
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -10734,7 +11722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_13__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":282
+/* "ivshmem/channel/calls.pyx":344
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10783,20 +11771,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 282, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 282, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":283
+      /* "ivshmem/channel/calls.pyx":345
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10809,7 +11797,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10822,7 +11810,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 282, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10835,7 +11823,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":282
+  /* "ivshmem/channel/calls.pyx":344
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10871,21 +11859,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":297
+        /* "ivshmem/channel/calls.pyx":359
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Call, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 297, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/calls.pyx":298
+          /* "ivshmem/channel/calls.pyx":360
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -10903,7 +11891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/calls.pyx":297
+          /* "ivshmem/channel/calls.pyx":359
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -10912,14 +11900,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":299
+        /* "ivshmem/channel/calls.pyx":361
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Call, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def serve(self, function, timeout=None, *, spin=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 361, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -10934,7 +11922,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":282
+      /* "ivshmem/channel/calls.pyx":344
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10973,7 +11961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":301
+/* "ivshmem/channel/calls.pyx":363
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11023,36 +12011,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 363, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 363, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 301, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 363, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 363, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 363, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11065,7 +12053,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 363, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11117,7 +12105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/channel/calls.pyx":312
+  /* "ivshmem/channel/calls.pyx":374
  *             timeout: seconds without a call after which this returns; None: for ever.
  *         """
  *         while True:             # <<<<<<<<<<<<<<
@@ -11126,7 +12114,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":313
+    /* "ivshmem/channel/calls.pyx":375
  *         """
  *         while True:
  *             call = self.take(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -11142,13 +12130,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 375, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 375, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -11157,13 +12145,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 375, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XDECREF_SET(__pyx_v_call, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":314
+    /* "ivshmem/channel/calls.pyx":376
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11174,7 +12162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":315
+      /* "ivshmem/channel/calls.pyx":377
  *             call = self.take(timeout, spin=spin)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -11191,7 +12179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":314
+      /* "ivshmem/channel/calls.pyx":376
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11200,7 +12188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":316
+    /* "ivshmem/channel/calls.pyx":378
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11216,7 +12204,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":317
+        /* "ivshmem/channel/calls.pyx":379
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -11233,7 +12221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 317, __pyx_L6_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 379, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         __pyx_t_3 = 1;
@@ -11254,13 +12242,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 379, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XDECREF_SET(__pyx_v_reply, __pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":316
+        /* "ivshmem/channel/calls.pyx":378
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11269,7 +12257,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":324
+      /* "ivshmem/channel/calls.pyx":386
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -11277,8 +12265,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
  *     async def serve_async(self, function, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 324, __pyx_L8_except_error)
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L8_except_error)
+        if (!(likely(((__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 386, __pyx_L8_except_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_v_call), __pyx_v_reply); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L8_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11292,7 +12280,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":318
+      /* "ivshmem/channel/calls.pyx":380
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11302,7 +12290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_11) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 318, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 380, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_9);
@@ -11310,7 +12298,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __pyx_v_error = __pyx_t_2;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":319
+          /* "ivshmem/channel/calls.pyx":381
  *                 reply = function(call.get())
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -11319,7 +12307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
           __pyx_t_10 = __pyx_v_call;
           __Pyx_INCREF(__pyx_t_10);
-          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 319, __pyx_L19_error)
+          __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 381, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
           __pyx_t_3 = 0;
           {
@@ -11327,13 +12315,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L19_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L19_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":318
+        /* "ivshmem/channel/calls.pyx":380
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11385,7 +12373,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         goto __pyx_L7_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":320
+      /* "ivshmem/channel/calls.pyx":382
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -11395,12 +12383,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_13) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 320, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 382, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":321
+        /* "ivshmem/channel/calls.pyx":383
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -11414,12 +12402,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L8_except_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/calls.pyx":322
+        /* "ivshmem/channel/calls.pyx":384
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -11431,11 +12419,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_2, __pyx_t_1);
         __pyx_t_9 = 0;  __pyx_t_2 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 322, __pyx_L8_except_error)
+        __PYX_ERR(0, 384, __pyx_L8_except_error)
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/channel/calls.pyx":316
+      /* "ivshmem/channel/calls.pyx":378
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11457,7 +12445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":301
+  /* "ivshmem/channel/calls.pyx":363
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11487,7 +12475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":326
+/* "ivshmem/channel/calls.pyx":388
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -11536,35 +12524,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 326, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 388, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 326, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 326, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 388, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 326, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 388, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 326, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 326, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11575,7 +12563,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 326, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 388, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11608,7 +12596,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 326, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -11622,7 +12610,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11679,10 +12667,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 326, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":328
+  /* "ivshmem/channel/calls.pyx":390
  *     async def serve_async(self, function, timeout=None):
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:             # <<<<<<<<<<<<<<
@@ -11691,7 +12679,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":329
+    /* "ivshmem/channel/calls.pyx":391
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
  *             call = await self.take_async(timeout)             # <<<<<<<<<<<<<<
@@ -11705,7 +12693,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 329, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11719,21 +12707,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 329, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 391, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 329, __pyx_L1_error)
+      __PYX_ERR(0, 391, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_call);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_call, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":330
+    /* "ivshmem/channel/calls.pyx":392
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11744,7 +12732,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":331
+      /* "ivshmem/channel/calls.pyx":393
  *             call = await self.take_async(timeout)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -11761,7 +12749,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":330
+      /* "ivshmem/channel/calls.pyx":392
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11770,7 +12758,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":332
+    /* "ivshmem/channel/calls.pyx":394
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11784,7 +12772,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":333
+        /* "ivshmem/channel/calls.pyx":395
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -11801,7 +12789,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
           __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 333, __pyx_L8_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 395, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
         }
         __pyx_t_3 = 1;
@@ -11822,7 +12810,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 333, __pyx_L8_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 395, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_reply);
@@ -11830,18 +12818,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_GIVEREF(__pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":334
+        /* "ivshmem/channel/calls.pyx":396
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
  *                     reply = await reply
  *             except Exception as error:
 */
-        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L8_error)
+        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L8_error)
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/calls.pyx":335
+          /* "ivshmem/channel/calls.pyx":397
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply             # <<<<<<<<<<<<<<
@@ -11873,21 +12861,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_8 = __pyx_cur_scope->__pyx_t_2;
             __pyx_cur_scope->__pyx_t_2 = 0;
             __Pyx_XGOTREF(__pyx_t_8);
-            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 335, __pyx_L8_error)
+            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 397, __pyx_L8_error)
             __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
           } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
             __Pyx_GOTREF(__pyx_r);
             __pyx_t_1 = __pyx_r; __pyx_r = NULL;
           } else {
             __Pyx_XGOTREF(__pyx_r);
-            __PYX_ERR(0, 335, __pyx_L8_error)
+            __PYX_ERR(0, 397, __pyx_L8_error)
           }
           __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_reply);
           __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_reply, __pyx_t_1);
           __Pyx_GIVEREF(__pyx_t_1);
           __pyx_t_1 = 0;
 
-          /* "ivshmem/channel/calls.pyx":334
+          /* "ivshmem/channel/calls.pyx":396
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
@@ -11896,7 +12884,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":332
+        /* "ivshmem/channel/calls.pyx":394
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11905,7 +12893,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":342
+      /* "ivshmem/channel/calls.pyx":404
  *                 raise
  *             else:
  *                 reply_or_fail(call, reply)             # <<<<<<<<<<<<<<
@@ -11913,8 +12901,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
  *     def take_async(self, timeout=None):
 */
       /*else:*/ {
-        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 342, __pyx_L10_except_error)
-        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L10_except_error)
+        if (!(likely(((__pyx_cur_scope->__pyx_v_call) == Py_None) || likely(__Pyx_TypeTest(__pyx_cur_scope->__pyx_v_call, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call))))) __PYX_ERR(0, 404, __pyx_L10_except_error)
+        __pyx_t_12 = __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)__pyx_cur_scope->__pyx_v_call), __pyx_cur_scope->__pyx_v_reply); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L10_except_error)
 
       }
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11928,7 +12916,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":336
+      /* "ivshmem/channel/calls.pyx":398
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11938,7 +12926,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_12) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 336, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 398, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
@@ -11947,7 +12935,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __pyx_cur_scope->__pyx_v_error = __pyx_t_9;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":337
+          /* "ivshmem/channel/calls.pyx":399
  *                     reply = await reply
  *             except Exception as error:
  *                 call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -11956,7 +12944,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
           __pyx_t_11 = __pyx_cur_scope->__pyx_v_call;
           __Pyx_INCREF(__pyx_t_11);
-          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 337, __pyx_L23_error)
+          __pyx_t_13 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_cur_scope->__pyx_v_error); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 399, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
           __pyx_t_3 = 0;
           {
@@ -11964,13 +12952,13 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L23_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L23_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":336
+        /* "ivshmem/channel/calls.pyx":398
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -12023,7 +13011,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         goto __pyx_L9_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":338
+      /* "ivshmem/channel/calls.pyx":400
  *             except Exception as error:
  *                 call.fail(explained(error))
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -12033,12 +13021,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_14) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 338, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 400, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":339
+        /* "ivshmem/channel/calls.pyx":401
  *                 call.fail(explained(error))
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -12052,12 +13040,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_13, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 339, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 401, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":340
+        /* "ivshmem/channel/calls.pyx":402
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -12069,11 +13057,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_10, __pyx_t_9, __pyx_t_1);
         __pyx_t_10 = 0;  __pyx_t_9 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 340, __pyx_L10_except_error)
+        __PYX_ERR(0, 402, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/calls.pyx":332
+      /* "ivshmem/channel/calls.pyx":394
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -12096,7 +13084,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":326
+  /* "ivshmem/channel/calls.pyx":388
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -12129,7 +13117,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":344
+/* "ivshmem/channel/calls.pyx":406
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -12177,24 +13165,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 406, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 406, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 406, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 406, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12205,7 +13193,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 406, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12236,16 +13224,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":346
+  /* "ivshmem/channel/calls.pyx":408
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 408, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -12259,7 +13247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":344
+  /* "ivshmem/channel/calls.pyx":406
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -12279,7 +13267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":348
+/* "ivshmem/channel/calls.pyx":410
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12307,7 +13295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":349
+  /* "ivshmem/channel/calls.pyx":411
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12325,7 +13313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":348
+  /* "ivshmem/channel/calls.pyx":410
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12340,7 +13328,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":351
+/* "ivshmem/channel/calls.pyx":413
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12374,7 +13362,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/calls.pyx":352
+  /* "ivshmem/channel/calls.pyx":414
  * 
  *     def __next__(self):
  *         return self.take()             # <<<<<<<<<<<<<<
@@ -12388,7 +13376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12402,7 +13390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":351
+  /* "ivshmem/channel/calls.pyx":413
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12422,7 +13410,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":354
+/* "ivshmem/channel/calls.pyx":416
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12450,7 +13438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":355
+  /* "ivshmem/channel/calls.pyx":417
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12468,7 +13456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":354
+  /* "ivshmem/channel/calls.pyx":416
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12483,7 +13471,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":357
+/* "ivshmem/channel/calls.pyx":419
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12517,7 +13505,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/calls.pyx":358
+  /* "ivshmem/channel/calls.pyx":420
  * 
  *     def __anext__(self):
  *         return self.take_async()             # <<<<<<<<<<<<<<
@@ -12531,7 +13519,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12545,7 +13533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":357
+  /* "ivshmem/channel/calls.pyx":419
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12771,7 +13759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":361
+/* "ivshmem/channel/calls.pyx":423
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -12797,7 +13785,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("explained", 0);
 
-  /* "ivshmem/channel/calls.pyx":363
+  /* "ivshmem/channel/calls.pyx":425
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -12813,19 +13801,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":364
+      /* "ivshmem/channel/calls.pyx":426
  *     """Return what a caller is told of an exception."""
  *     try:
  *         return f"{type(error).__name__}: {error}"             # <<<<<<<<<<<<<<
  *     except Exception:  # of its __str__
  *         return type(error).__name__
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6[0] = __pyx_t_5;
       __pyx_t_6[1] = __pyx_mstate_global->__pyx_kp_u__2;
@@ -12839,7 +13827,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[2]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 364, __pyx_L3_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 426, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -12854,7 +13842,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
       __pyx_t_9 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":363
+      /* "ivshmem/channel/calls.pyx":425
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -12867,7 +13855,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/calls.pyx":365
+    /* "ivshmem/channel/calls.pyx":427
  *     try:
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__             # <<<<<<<<<<<<<<
@@ -12877,21 +13865,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.channel.calls.explained", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 365, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_4, &__pyx_t_5) < 0) __PYX_ERR(0, 427, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/calls.pyx":366
+      /* "ivshmem/channel/calls.pyx":428
  *         return f"{type(error).__name__}: {error}"
  *     except Exception:  # of its __str__
  *         return type(error).__name__             # <<<<<<<<<<<<<<
  * 
  * 
 */
-      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 366, __pyx_L5_except_error)
+      __pyx_t_10 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 428, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 366, __pyx_L5_except_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_10))||((__pyx_t_10) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_10))) __PYX_ERR(0, 428, __pyx_L5_except_error)
       {
         PyObject *__pyx_temp;
         {
@@ -12908,7 +13896,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":363
+    /* "ivshmem/channel/calls.pyx":425
  * cdef str explained(object error):
  *     """Return what a caller is told of an exception."""
  *     try:             # <<<<<<<<<<<<<<
@@ -12935,7 +13923,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":361
+  /* "ivshmem/channel/calls.pyx":423
  * 
  * 
  * cdef str explained(object error):             # <<<<<<<<<<<<<<
@@ -12957,7 +13945,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_explained(PyObject *__pyx_v_er
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":369
+/* "ivshmem/channel/calls.pyx":431
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -12993,7 +13981,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("reply_or_fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":371
+  /* "ivshmem/channel/calls.pyx":433
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13009,7 +13997,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":372
+      /* "ivshmem/channel/calls.pyx":434
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:
  *         call.reply(reply)             # <<<<<<<<<<<<<<
@@ -13023,12 +14011,12 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
         PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_reply};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 434, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/calls.pyx":371
+      /* "ivshmem/channel/calls.pyx":433
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13044,7 +14032,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":373
+    /* "ivshmem/channel/calls.pyx":435
  *     try:
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
@@ -13052,7 +14040,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
  *     return 0
 */
     __Pyx_ErrFetch(&__pyx_t_4, &__pyx_t_5, &__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 373, __pyx_L5_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 435, __pyx_L5_except_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, __pyx_t_8) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_TypeError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_ValueError)))) || __Pyx_PyErr_GivenExceptionMatches(__pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -13060,7 +14048,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __pyx_t_4 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.calls.reply_or_fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 373, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 435, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
@@ -13068,7 +14056,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
       __pyx_v_error = __pyx_t_5;
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":374
+        /* "ivshmem/channel/calls.pyx":436
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
  *         call.fail(explained(error))             # <<<<<<<<<<<<<<
@@ -13077,7 +14065,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
 */
         __pyx_t_10 = ((PyObject *)__pyx_v_call);
         __Pyx_INCREF(__pyx_t_10);
-        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 374, __pyx_L14_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_v_error); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 436, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_11);
         __pyx_t_6 = 0;
         {
@@ -13085,13 +14073,13 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
           __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 374, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 436, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       }
 
-      /* "ivshmem/channel/calls.pyx":373
+      /* "ivshmem/channel/calls.pyx":435
  *     try:
  *         call.reply(reply)
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:             # <<<<<<<<<<<<<<
@@ -13144,7 +14132,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":371
+    /* "ivshmem/channel/calls.pyx":433
  * cdef int reply_or_fail(Call call, object reply) except -1:
  *     """Send a reply, or tell the caller that it cannot be sent. The server continues."""
  *     try:             # <<<<<<<<<<<<<<
@@ -13165,7 +14153,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/calls.pyx":375
+  /* "ivshmem/channel/calls.pyx":437
  *     except (MessageTooLong, TypeError, ValueError, BufferError) as error:
  *         call.fail(explained(error))
  *     return 0             # <<<<<<<<<<<<<<
@@ -13178,7 +14166,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":369
+  /* "ivshmem/channel/calls.pyx":431
  * 
  * 
  * cdef int reply_or_fail(Call call, object reply) except -1:             # <<<<<<<<<<<<<<
@@ -13203,7 +14191,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_reply_or_fail(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":385
+/* "ivshmem/channel/calls.pyx":447
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -13251,24 +14239,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 385, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 385, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_kp_b__3));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13279,7 +14267,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 385, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13315,7 +14303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __Pyx_RefNannySetupContext("reply", 0);
   __Pyx_INCREF(__pyx_v_data);
 
-  /* "ivshmem/channel/calls.pyx":394
+  /* "ivshmem/channel/calls.pyx":456
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
  *         cdef CallServer server = self.reader             # <<<<<<<<<<<<<<
@@ -13324,21 +14312,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.reader);
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 394, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 456, __pyx_L1_error)
   __pyx_v_server = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":395
+  /* "ivshmem/channel/calls.pyx":457
  *         """
  *         cdef CallServer server = self.reader
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if server.type is not None:
  *             data = server.type.encode(data)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 457, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":396
+  /* "ivshmem/channel/calls.pyx":458
  *         cdef CallServer server = self.reader
  *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -13349,7 +14337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/calls.pyx":397
+    /* "ivshmem/channel/calls.pyx":459
  *         self.enter()
  *         if server.type is not None:
  *             data = server.type.encode(data)             # <<<<<<<<<<<<<<
@@ -13363,13 +14351,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 459, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":396
+    /* "ivshmem/channel/calls.pyx":458
  *         cdef CallServer server = self.reader
  *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -13378,14 +14366,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":398
+  /* "ivshmem/channel/calls.pyx":460
  *         if server.type is not None:
  *             data = server.type.encode(data)
  *         return self.send(data, REPLY)             # <<<<<<<<<<<<<<
  * 
  *     def fail(self, why):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13398,7 +14386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":385
+  /* "ivshmem/channel/calls.pyx":447
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -13420,7 +14408,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":400
+/* "ivshmem/channel/calls.pyx":462
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -13468,32 +14456,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_why,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 400, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 462, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 400, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 462, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 400, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 462, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 400, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 462, __pyx_L3_error)
     }
     __pyx_v_why = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 400, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 462, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13533,17 +14521,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":402
+  /* "ivshmem/channel/calls.pyx":464
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":403
+  /* "ivshmem/channel/calls.pyx":465
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
@@ -13567,14 +14555,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_v_limit = __pyx_t_4;
 
 
-  /* "ivshmem/channel/calls.pyx":404
+  /* "ivshmem/channel/calls.pyx":466
  *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
  *     cdef object send(self, object data, unsigned status):
 */
-  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_7);
@@ -13585,13 +14573,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_10 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 404, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_10);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_10 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 404, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 466, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     #endif
@@ -13601,14 +14589,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
     #endif
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 404, __pyx_L1_error)
-  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_6))) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_t_8 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_8, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   {
@@ -13622,7 +14610,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":400
+  /* "ivshmem/channel/calls.pyx":462
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -13645,7 +14633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":406
+/* "ivshmem/channel/calls.pyx":468
  *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -13683,7 +14671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/calls.pyx":409
+  /* "ivshmem/channel/calls.pyx":471
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -13697,17 +14685,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":410
+        /* "ivshmem/channel/calls.pyx":472
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *             try:
  *                 self.enter()
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":411
+        /* "ivshmem/channel/calls.pyx":473
  *         with cython.critical_section(self.reader):
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *             try:             # <<<<<<<<<<<<<<
@@ -13716,27 +14704,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":412
+          /* "ivshmem/channel/calls.pyx":474
  *             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *             try:
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":413
+          /* "ivshmem/channel/calls.pyx":475
  *             try:
  *                 self.enter()
  *                 self.check_exports()             # <<<<<<<<<<<<<<
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 475, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/calls.pyx":414
+          /* "ivshmem/channel/calls.pyx":476
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -13748,7 +14736,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/calls.pyx":415
+            /* "ivshmem/channel/calls.pyx":477
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -13756,34 +14744,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                         f" {self.reader.channel.record.geometry.limit}"
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 415, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 477, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/calls.pyx":416
+            /* "ivshmem/channel/calls.pyx":478
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 416, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 478, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/calls.pyx":417
+            /* "ivshmem/channel/calls.pyx":479
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"
  *                         f" {self.reader.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *                     )
  *                 memcpy(
 */
-            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 417, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 479, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
             __pyx_t_9[1] = __pyx_t_7;
             __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_channel_s_limit_i;
             __pyx_t_9[3] = __pyx_t_8;
 
-            /* "ivshmem/channel/calls.pyx":416
+            /* "ivshmem/channel/calls.pyx":478
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                     raise MessageTooLong(
  *                         f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
@@ -13796,7 +14784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 416, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 478, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -13818,14 +14806,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 477, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 415, __pyx_L7_error)
+            __PYX_ERR(0, 477, __pyx_L7_error)
 
-            /* "ivshmem/channel/calls.pyx":414
+            /* "ivshmem/channel/calls.pyx":476
  *                 self.enter()
  *                 self.check_exports()
  *                 if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -13834,7 +14822,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":419
+          /* "ivshmem/channel/calls.pyx":481
  *                         f" {self.reader.channel.record.geometry.limit}"
  *                     )
  *                 memcpy(             # <<<<<<<<<<<<<<
@@ -13843,7 +14831,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
           (void)(memcpy((__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":427
+          /* "ivshmem/channel/calls.pyx":489
  *                     view.len,
  *                 )
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)             # <<<<<<<<<<<<<<
@@ -13853,7 +14841,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
         }
 
-        /* "ivshmem/channel/calls.pyx":429
+        /* "ivshmem/channel/calls.pyx":491
  *                 code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
  *             finally:
  *                 PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13903,7 +14891,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
           __pyx_L8:;
         }
 
-        /* "ivshmem/channel/calls.pyx":430
+        /* "ivshmem/channel/calls.pyx":492
  *             finally:
  *                 PyBuffer_Release(&view)
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -13912,24 +14900,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
         __pyx_v_self->__pyx_base.__pyx_base.live = 0;
 
-        /* "ivshmem/channel/calls.pyx":431
+        /* "ivshmem/channel/calls.pyx":493
  *                 PyBuffer_Release(&view)
  *             self.live = False
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             return code == 0
  * 
 */
-        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L4_error)
+        __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":432
+        /* "ivshmem/channel/calls.pyx":494
  *             self.live = False
  *             self.reader.membership.flush()
  *             return code == 0             # <<<<<<<<<<<<<<
  * 
  *     def done(self):
 */
-        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -13944,7 +14932,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/calls.pyx":409
+      /* "ivshmem/channel/calls.pyx":471
  *         cdef Py_buffer view
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -13968,7 +14956,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/calls.pyx":406
+  /* "ivshmem/channel/calls.pyx":468
  *         return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -13995,7 +14983,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":434
+/* "ivshmem/channel/calls.pyx":496
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -14057,7 +15045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":436
+  /* "ivshmem/channel/calls.pyx":498
  *     def done(self):
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -14070,14 +15058,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 436, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 436, __pyx_L1_error)
+  __PYX_ERR(0, 498, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":434
+  /* "ivshmem/channel/calls.pyx":496
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -14096,7 +15084,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":438
+/* "ivshmem/channel/calls.pyx":500
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -14158,7 +15146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/calls.pyx":440
+  /* "ivshmem/channel/calls.pyx":502
  *     def give_back(self):
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -14171,14 +15159,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 440, __pyx_L1_error)
+  __PYX_ERR(0, 502, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":438
+  /* "ivshmem/channel/calls.pyx":500
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -14197,7 +15185,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":442
+/* "ivshmem/channel/calls.pyx":504
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -14252,33 +15240,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 442, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 504, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 442, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 504, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 442, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 504, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 442, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 504, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14317,7 +15305,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/calls.pyx":443
+  /* "ivshmem/channel/calls.pyx":505
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -14339,7 +15327,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":444
+    /* "ivshmem/channel/calls.pyx":506
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:
  *             self.fail(             # <<<<<<<<<<<<<<
@@ -14349,7 +15337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
 
-    /* "ivshmem/channel/calls.pyx":445
+    /* "ivshmem/channel/calls.pyx":507
  *         if self.live and self.exports == 0:
  *             self.fail(
  *                 "the server gave no reply" if kind is None else explained(error[0])             # <<<<<<<<<<<<<<
@@ -14361,9 +15349,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply);
       __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply;
     } else {
-      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 445, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 507, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 445, __pyx_L1_error)
+      __pyx_t_7 = __pyx_f_7ivshmem_7channel_5calls_explained(__pyx_t_6); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 507, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_5 = __pyx_t_7;
@@ -14376,12 +15364,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 444, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":443
+    /* "ivshmem/channel/calls.pyx":505
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -14390,7 +15378,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":442
+  /* "ivshmem/channel/calls.pyx":504
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -14415,7 +15403,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":448
+/* "ivshmem/channel/calls.pyx":510
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -14448,7 +15436,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":449
+  /* "ivshmem/channel/calls.pyx":511
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -14479,7 +15467,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":450
+    /* "ivshmem/channel/calls.pyx":512
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")             # <<<<<<<<<<<<<<
@@ -14491,12 +15479,12 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":449
+    /* "ivshmem/channel/calls.pyx":511
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -14504,7 +15492,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":448
+  /* "ivshmem/channel/calls.pyx":510
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -14759,7 +15747,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(PyTypeObject 
 static void __pyx_tp_finalize_7ivshmem_7channel_5calls_PendingCall(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(o);
+  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -14817,26 +15805,27 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall(PyObject *o, v
   return 0;
 }
 
-static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
-  return __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(self);
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__(self);
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5calls_PendingCall[] = {
-  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_done},
-  {"result", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3result, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2result},
-  {"result_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result_async},
-  {"__await__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__, METH_NOARGS|METH_COEXIST, 0},
-  {"cancel", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_8cancel},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_1fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_fileno},
+  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_3done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_2done},
+  {"result", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result},
+  {"result_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7result_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_6result_async},
+  {"__await__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__, METH_NOARGS|METH_COEXIST, 0},
+  {"cancel", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11cancel, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10cancel},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_5calls_PendingCall_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5calls_PendingCall},
   #if defined(Py_am_await)
-  {Py_am_await, (void *)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__},
+  {Py_am_await, (void *)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A call under way; made by `Caller.submit`.\n\n    A call that is forgotten is cancelled.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall},
@@ -14857,7 +15846,7 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_5calls_PendingCall_spec = {
 #else
 
 static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_PendingCall = {
-  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__, /*am_await*/
+  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9__await__, /*am_await*/
   0, /*am_aiter*/
   0, /*am_anext*/
   0, /*am_send*/
@@ -16034,18 +17023,22 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_PendingCall ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall = &__pyx_vtable_7ivshmem_7channel_5calls_PendingCall;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.__pyx_base.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_beat;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_watch;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.end_call = (int (*)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_call;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.end_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_watch;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_PendingCall_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall)) __PYX_ERR(0, 45, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = &__pyx_type_7ivshmem_7channel_5calls_PendingCall;
   #endif
@@ -16053,7 +17046,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall);
@@ -16063,12 +17056,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_PendingCall, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_PendingCall, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16091,11 +17084,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_restore;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_ready;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Caller_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 230, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = &__pyx_type_7ivshmem_7channel_5calls_Caller;
   #endif
@@ -16103,7 +17096,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller);
@@ -16113,12 +17106,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_Caller, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16139,11 +17132,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer = &__pyx_vtable_7ivshmem_7channel_5calls_CallServer;
   __pyx_vtable_7ivshmem_7channel_5calls_CallServer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_CallServer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 278, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 340, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = &__pyx_type_7ivshmem_7channel_5calls_CallServer;
   #endif
@@ -16151,7 +17144,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer);
@@ -16161,12 +17154,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16188,11 +17181,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5calls_Call.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Call_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 440, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = &__pyx_type_7ivshmem_7channel_5calls_Call;
   #endif
@@ -16200,7 +17193,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call);
@@ -16210,9 +17203,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16230,14 +17223,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 322, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async);
@@ -16263,14 +17256,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 388, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async);
@@ -16952,67 +17945,56 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   /* "ivshmem/channel/calls.pyx":22
  * from .sleeping_tasks cimport until_in_time, until_something
  * 
+ * import weakref             # <<<<<<<<<<<<<<
+ * from time import monotonic
+ * 
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+  __pyx_t_4 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/calls.pyx":23
+ * 
+ * import weakref
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
- * from ..errors import CallFailed, MessageTooLong, ServerLost
+ * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
     __pyx_t_5 = 0; {
-      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 23, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/calls.pyx":24
- * from time import monotonic
- * 
- * from ..errors import CallFailed, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
- * from ..text import plain
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
-  }
-  __pyx_t_4 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_4);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    for (__pyx_t_5=0; __pyx_t_5 < 3; __pyx_t_5++) {
-      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/calls.pyx":25
+ * from time import monotonic
  * 
- * from ..errors import CallFailed, MessageTooLong, ServerLost
- * from ..text import plain             # <<<<<<<<<<<<<<
+ * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
+ * from ..text import plain
  * 
- * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_5 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    for (__pyx_t_5=0; __pyx_t_5 < 4; __pyx_t_5++) {
       __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -17021,32 +18003,71 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":115
+  /* "ivshmem/channel/calls.pyx":26
+ * 
+ * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+ * from ..text import plain             # <<<<<<<<<<<<<<
+ * 
+ * cdef enum:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+  }
+  __pyx_t_4 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
+    __pyx_t_5 = 0; {
+      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/calls.pyx":148
  *         return 1
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """Return a descriptor, which becomes readable when `result` has something, and stays so.
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/calls.pyx":169
+ *             return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
  *         with cython.critical_section(self.caller):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":121
+  /* "ivshmem/channel/calls.pyx":175
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the reply.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17054,53 +18075,53 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 175, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":141
+  /* "ivshmem/channel/calls.pyx":195
  *             return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return until_in_time(self, self.result, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_7result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 141, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":148
+  /* "ivshmem/channel/calls.pyx":202
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":160
+  /* "ivshmem/channel/calls.pyx":217
  *             return never != 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
- *         """Give the call up; may be called twice."""
+ *         """Give the call up, and close its descriptor; may be called twice."""
  *         self.cancel()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_3) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_3) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -17108,7 +18129,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17122,7 +18143,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17130,33 +18151,33 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":192
+  /* "ivshmem/channel/calls.pyx":254
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":193
+  /* "ivshmem/channel/calls.pyx":255
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, and return a PendingCall.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":192
+  /* "ivshmem/channel/calls.pyx":254
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17164,20 +18185,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":230
+  /* "ivshmem/channel/calls.pyx":292
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, wait for the reply and return it.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17185,39 +18206,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":256
+  /* "ivshmem/channel/calls.pyx":318
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return until_in_time(self, self.submit, timeout, (data,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":260
+  /* "ivshmem/channel/calls.pyx":322
  *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -17225,7 +18246,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17239,7 +18260,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17247,33 +18268,33 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":282
+  /* "ivshmem/channel/calls.pyx":344
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":283
+  /* "ivshmem/channel/calls.pyx":345
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next call, which no other server gets.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 282, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":282
+  /* "ivshmem/channel/calls.pyx":344
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next call, which no other server gets.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -17281,20 +18302,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 282, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":301
+  /* "ivshmem/channel/calls.pyx":363
  *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17302,39 +18323,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":326
+  /* "ivshmem/channel/calls.pyx":388
  *                 reply_or_fail(call, reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":344
+  /* "ivshmem/channel/calls.pyx":406
  *                 reply_or_fail(call, reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -17342,7 +18363,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17356,7 +18377,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17364,80 +18385,80 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":385
+  /* "ivshmem/channel/calls.pyx":447
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
  *         """Send the reply.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 385, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":400
+  /* "ivshmem/channel/calls.pyx":462
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         self.enter()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 462, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 400, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 462, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":434
+  /* "ivshmem/channel/calls.pyx":496
  *             return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 434, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 434, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 496, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":438
+  /* "ivshmem/channel/calls.pyx":500
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":442
+  /* "ivshmem/channel/calls.pyx":504
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if self.live and self.exports == 0:
  *             self.fail(
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 504, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 504, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -17445,7 +18466,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17459,7 +18480,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -17514,7 +18535,11 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
 /* #### Code section: cached_builtins ### */
 
 static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 164, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -17524,6 +18549,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
   return 0;
+  __pyx_L1_error:;
+  return -1;
 }
 /* #### Code section: cached_constants ### */
 
@@ -17535,7 +18562,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/calls.pyx":80
+  /* "ivshmem/channel/calls.pyx":84
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -17544,12 +18571,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 80, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 84, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/calls.pyx":243
+  /* "ivshmem/channel/calls.pyx":305
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -17558,12 +18585,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 243, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 305, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/calls.pyx":121
+  /* "ivshmem/channel/calls.pyx":175
  *             return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -17572,12 +18599,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 121, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 175, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/calls.pyx":385
+  /* "ivshmem/channel/calls.pyx":447
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -17586,7 +18613,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_kp_b__3};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -17627,41 +18654,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{3}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{46},{49},{237},{58},{9},{11},{122},{29},{58},{108},{22},{138},{22},{99},{22},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{10},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{20},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{11},{14},{11},{29},{31},{18},{17},{16},{18},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{16},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{6},{8},{1},{3},{9},{3},{2},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{7},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{46},{49},{237},{58},{64},{11},{135},{29},{139},{58},{108},{22},{138},{22},{99},{22},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1743 bytes) */
-static const char cstring[] = "x\332\275VKs\033\307\021&J\264\004P\224\004\210\014i\311\217\014\254H\"e\2326$J,\313\225JP\244)W\312q\210\2046\223(\225\325`w\000\254\271\330\005vf\361p\312\025\035y\334\343\034\347\270\307=\342\210#\2178\342\250\237\300\237\220\356\331\005\010\212b*\345CP\005\242\247\247\037\337|\335=CR\355\013\3067\010u-\"\032\214\230\r\352\272\314y\310\211c7mAlN\010\047\374+\262&|\306H\315\247\365&s\305\372\346s\362\234\300~\227rbR\327d\216\303\254\347\304\365\210\317ZN\237\330.\354c@\316\374\016\363I\215\332\332\340\234R4\250 \rj\221*\253\007.\351\332\242A\222\234u\317e_\221n\203\201\265\217:\313N\360u=\377\010\r\\O\220#\327\353\272\277\373\016L\367m\363\310\261\335:\361j\204\013?0\005i\262f\225\371\000=0\033\004@r\346\3246\233\214sZg\033z!\350\021sI3\340\002\362\023\326k9\266i\013\300\356\263v\300\270`V\202\350\3674\020\236\321\302\024l\355\300\017\330:%\373\314\265 \337\016u\034D\323\244\026#\325>\3015\3637yP\005\356(\020\003\333`\311\223@\25745\257\210\347\223W\310\307+\232\222\005\250\351\204\223\006`=G\207\016\002\026\226\315i\325a\314\305\277u\323\346\211d\331\035\336\200\303n2\337\367|>Y\t\326\023\251\374yZ\323\3171\022\337l\365{P\245\313\262if\032\314\261\022\216|\006\047\363\261\302H8\320dz.\370!7\302\003\320\373}\321\360\\\342U\177d\300y\rN\326JK\241\335[\276W\005\323_\352\336\365m\361\313\262\3174\031\362?\263\254\323\016\233\266)\326\013\277\233\206\301z\2660\214t\3413+0\231a\352\370S-g\202\013*\336\322[\320\177Z\300\222j\241nw\230Q\245\346\221^M\023\355\351\021@\351/\032\312\231\364\356\214\323\275w\346Mw\365\251\336^\033\224\367]sF\213\255\376\326\362\314&Ar\031\212\313\021\300\216\231\362\227\212\2631\323!8\267H\366\377\230\014\341\201\347}\353\271\365\231I\232\021/b9\277y\001\320\354vr\037\235\3238\036g\263\n,\332\354\332g<p\304EM\2028\241\355[\217C\207\354\367{\360\335\265Ma|\0073\366gV3\014\335\237\210\006>\264K\261\221&\re\030\265\3005\361\267>\201\014\237&\265]\375\353Y\201\2435.m\352_\230N#5C\261#p\306q\243\035Pgb\224Rc\\ i\252`=\\\000K\323\300|&\375\005""\366\014\003\036\001Dks\303\364|/\020\266\313\364\321mos\252\340\330\323\334\241\274\201=MM\246o\016,\374Y\361\023\356\36190a\016\231\001\347\024>\232\202\253\256\202E\005\\)\246g1\254\001sQ\322WWr\177\341\020!c\302\206\336\000\312\246\263\324\360\340\206b\315\351\005\227^j\272\357\370\221\355Z\016\253\t\375f5=\250\206\347\332\246\313\240j.\024\t\300\332n\313k\245\260\365D&\365\235\2552^9\034o\013\254\366\314\034%\027\007pf\261\032\005k\336\262\335\244\237g\273\032g\352l\256\364\333\202w\260h\370^W\330M\206_\240\261C\235\200\351?\274c\263n\267\321\337\357\377)\271\277\036\255\245OWRz\270\325\214\355\364\264\306vz\\c\013\001\032;\311\352kx\264\037m\220\263\010\227\311\353s\377\217,\033\344|\350\026P\343\327\371;\342\227\2668\274d\300c\335\020\224\037q#p\205\355\350f\001\232\310\243i\000\350\002\352\350(\353s\211\r\367\200\313\006x\316\235\363\371\037\016\365\014^u\240\3358\320\357\376\243\265\375\376A\277\305.\003\377_C\354@C5\001CJM\35291O\376\261\200\267\212k\352\365\322\360j\2573\343\371\205\343O\303\312\353\3628{\375x\353\270\023\036\310e\3717eF\205\361b>|/\254\214\363\233\021\213\237\304?\016s\047\205\223\373\047\355\321>Z\177\260\036\025N?\234\313-j\247\312h\345\323\350\313xoP\034\224\306\213Kai\234\275u\334\013\333\362\252\254\251\262B\207{\245\270pzw.\367\261\254LR\035\3122\032o\205\201|\241J\252\214N\377\222k\252\250\300\177\361\370\233\0204weQ>S\005\365 \312\214\2639\304t5\244\343\305[\307?\001\316\357\325\047j7\312\306\327\342\37603\316\257\204\226\\\207@\273`\013\206\013\340Z\222{j=\002L\267\303\"$\342\240\332V\277Q\265h7\236\330\340\317Mi)-\\\227[\262\215BV\316#:\024\264\341\242\334U\327T{F\003\334\2045\320^UT\037\371\315\342\207\262,+\222\276.\277\001\364{aq\234\005u\270+\257\311\236\352Fv\334\033\264\361\210\"|*3r\t\214\017\324j\224\211VG_\354\014\037\017\377zRI<_\204%\024n\036\333@`\006\305;\2620\276q_\035`Q\320\377\031x\357\252lt%z\032_\211\267b1\330\036><)\214\363\253\341,\302\234\274\013l\374!\242\221\210K\332s\264t\017\211\206H\253qn\260<xy\222A""\267\345\360\205\374R\275\210J\t-K:A\0312O\222\246\254c\255z\222\253{\2522\232\007P\247\267\347r\237\250eU\031O\016|\375\370Y\270\022v%M\242\374J\326U\005\370\231\236zE\266G\363\037\311\177F%\350\205\233\017\316\216\204\233w\240\312W\240XPH\007\232\340yT\211\254\321\343o\000\343*4]b\267-\037\252BR\352b\002\350\047\000p\030\355\305\367\342\277\017\304p\033Z\264;\372\341pt\370r\364\362\037\243\371\242*\274\201\354\377\226Tv\322c\027P\373q\324>}\177.W\000\222V\344\317Q9\201\270\255\273\355Nt?j\353n\233\034x=z\022U\343\354\340\352\240yRJ\324]\035\361\373\2508\276\225\207\366\032\335~\002\205\350\016\032C\212\315\266\001\014\344\261w\267F\277~\032W\342\372\340pX\036V\306K\313\332<\037^\303J\335\030\315C=\020\337\317\320\r?\250-\325O\360=Pn\\>]\231\313-L\006\244\014C\311\"]\305 \334\001\347<\020wc\234\177_fU\006\030\320D.\205\277U\031,\347\327\262\240\047\241\214\t\323u\021\\\336\344?\202\016\205\221\034\315\303\374\236O\2740(\216\026>\213*\243\205\307q\361?\257\3167\032";
-    PyObject *data = __Pyx_DecompressString(cstring, 1743, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1896 bytes) */
+static const char cstring[] = "x\332\275V\315s\333\306\025\027\247\252-\312\262MZ\252d;\037]\332\261#9\252R\332\214\025;\355\264\034\311R\352|TL\224(\255;\205\227\300\222D\004\002$v!\222\351d\352\243\2168\356q\2178\342\310\243\216:\362\310\243\377\004\375\t}o\001R\224eu:9\2243$v\337\276\267\357\367~\357\003$\325\236`|\225P\327\"\242\301\210\331\240\256\313\234\0179q\354\246-\210\315\t~M\307\343\314\"\234\360\317\310\262\360\031#5\237\326\233\314\025+kO\311S\002\232\035\nj\3245\231\3430\353)q=\342\263\226\323#\266\013\347x5g\376\001\363I\215\332Z\341\214P4\250 \rj\221*\253\007.\351\330\242A\022\357u\317e\237\221N\203\201\266\2172\313N\220v<\177\037\025\\O\220}\327\353\270\177\372\032Twls\337\261\335:\361j\204\013?0\005i\262f\225\371\000=0\033\004@r\346\324\326\232\214sZg\253z#\350>sI3\340\002\374\023\326m9\266i\013\300\356\263v\300\270\200\3105\242?\323@xF\013]\260\345]?`+\224\3540\327\002\177\033\324q\020M\223Z\214T{\004\367\314_\343A\025X\244@\014\034\203&O.z\251\251yI<\237\274D>^\322\224,@MG\2344\000\353\031:\364%\240a\331\234V\035\306\\\374\255\2336OV\226}\300\033\020\354\032\363}\317\347\243\235`]\221\256?N\263\3731\336\304\327Z\275.d\351\"o\232\231\006s\254\204#\237Ad>f\030\t\007\232L\317\005;\344Fx\000z\247\047\032\236K\274\352\217\0148\257Ad\2554\025\332\274\345{UP\375\245\346\035\337\026\277\314\373D\221!\377\023\333:=`\3432\025\rH\336d.\201g|\342w\3150X\327\026\206\221n|f\005&3L\355s,\345LpA\305\033r\013jR/0\315zQ\267\017\230Q\245\346\276\336i\347\270\332\322m\201\253o5\274\323\325\333=\216\317\336\3527=\325\221\276\2717(\357\271\346\204\024\313\377\215\355\251N\202\344\"\024\027#\200\0233\345/]N\336\2316\306\231Mz\256\047\3153,\341\257\222\036\335\365\274/=\267>\221\234\211\345yXg\017\317a\233<N\306\325\031\tz\237\024`\376&\3675\310\222\353MJ|\306\003G\234\227$\341$\234~\351q(\237\235^\027\276\233\266)\214\257\241)\277a5\303\320\005\215\370\340C;\024\253lTm\206Q\013\\\023\237\365Q\020\360iR\333\325O\317\n\034-qiS?\241\235\215T\r\227\007\002\207\002\036\264\003\352\214\224R\262\214s\264""\215\005\254\213\033\340m|1\237p\177\216O\303\200\367\007\242\265\271az\276\027\010\333e:t\333[\033\0138\026<w(o`\301S\223\351Q\203UqZ\031I6\360\375aB\3432\003\342\024>\252\202i\362\376\241\002f\220\351Y\014\263\302\\\\\351Y\227\014<\354\260$=\310\233\260\241f\200\270q\2735\274\216m\301\024i\216\047c:\ruq\362}\333\265\034V\023\372\265\327\364 +\236k\233.\203\354\271\220,\000m\273-\257\345\263Z\032\201\356\334$\325\223\t\307q\305q\322`\342\047\372-\031:@\237\305j\024\264y\313v\223\272\237\254~\354\275\323\376\323\357%\234\337\242\341{\035a7\031~\201\321\003\352\004L\377\360\003\233u:\214\356\003\260N\243\267\323\373k2\002\037,\247o\277\244\030`0\032\353i\334\306z\032\270QB\234\306F\262{\006\377\000\036\254\222\323\033.Z\257L\375?\274\254\222\263W\267\200!\277\316\337r\177\261\304\341e\010t\326\rA\371>7\002W\330\216.\037`\213<\030_\000\025A\035}\313\312T\242\303=\240\264\001\226Sgl\376\207\240\036\303\037\003`\337\330\325\177\035\036,\357\364v{-v\021\370\377z\305\006\224V\0230\244\324\244\226#\365\344\277\t\274\356\270\246^o\r\257\366*3\234\236=\374(\254\274*\017g\256\034\226\016\017\302]\271 \377\246\314(?\234\313\205\277\016+\303\334Z\304\342G\361\217G\331\343\374\361\275\343\366`\007\265\337Y\211\362\047\357Ne\347\264Qe\260\370Q\364$\336\352\027\372\305\341\334|X\034\316\\?\354\206myI\326TY\241\301\335b\234?\271=\225}_VF\256\366d\031\225Ka \267UQ\225\321\350_rY\025\024\330\317\035~\036\202\344\266,\310\307*\257\356G\231\341L\0261]\n\351p\356\372\341O\200\363;uGmF3\361\345\270w\224\031\346\026CK\256\300E\233\240\013\212\263`Z\224[j%\002L7\302\0028\342 ZW\037\250Z\264\031\217t\360qMZJ/\256\310\222l\343bFN#:\\h\3059\271\251.\253\366\204\004\270\tk \275\244\250\016\371\365\334\273\262,+\222\276*\277\006\364[aa8\003\342pS^\226]\325\211\354\270\333oc\210\"\374Df\344<(\357\252\245(\023-\r~\277q\364\360\350\207\343Jb\271\r\364]\275\247v\223\024\244\336f\345\007\322\211\n\030\271\010\377 ;\3404\267\020~!\003\2146\272\021\025\243\355\270\210\366\327\016m\340=\203\313[2?\276""\010\315\036\203\323M5\023\375\n\010\311-\205\355DZ\n;\262\256*x\335sI\323\203\\\230\225\371\344q\033\030}\036\321H\304Em0\230\277\213\311\202k\227\342l\177\241\377\3428s\234G\353m\371Dm\003\020M\355\274\366V\006\030\247\241\350\314a\276\273\222\253\273X\025\047\013S\327\356\237\002\374\024\222sO\211\250\244\235A>\367U~p\347\323~\006\334TF*\217\244\016}\0132\247!\3274\226\374\210\216\262\372F\265\243l\274\324\237\356\227\301*\207\016\333\303\205\233\362\212z\022\245\005\327\001\253\277D\273\361;\375\347G\365\343\3121\035L\003Y\0477\246\262w\324\002p1\312\337\225\303\307\341\"h\323$\240\337 Q\300\3748\211\213\262=\230~O\3763*BiOF\202\207\267\240h5\325\213\241\0035\3754\252D\326\340\341\347@\327\022\364P\242\267.?T\371\244r\013\t\264\237\000\300^\264\025\337\215\377\336\027G\353\320q\235\301\367{\203\275\027\203\027\377\030L\027T\3765x\377\267\244\362 \315@\036\245\357G\355\223\233S\331<\344kQ\376\034\225\023\210\353\272ynE\367\242\266n\236\021\367+\321\243\250\032\317\364/\365\233\307\305\021#x\343wPa\327s\320-\203\033\217\342R\334\3517\216(\366\316*r\216\255X\032\374\366\223\270\022\327\373{G\345\243\312p~A\253\347\302\313X4W\007\323P\032\210\357g(\356\357UI\365\022|\367\225\033\227O\026\247\262\263\243~/\303\214a\221.\250 \334\000\343\034\020wu\230\273)gT\006\030\320D\316\207\177T\031\314\3533\231\327\215]F\207\351\036\262\237\177\235{\017\032\016\n`0\r\343\350\254\343\331~a0\373\273\2502\230}\030\027\376\003\240=\250\362";
+    PyObject *data = __Pyx_DecompressString(cstring, 1896, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2248 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\373sh\352\000.erro{rs\006\005text\023\004\365/\315D/F\001s.py\361x\243@V\025\242\"held\226\236#re\327\000r\336A\355!b\346\235`on\314@\230!to \376\205 ython oWbje\361 f\327\000p\204D\036\353\"prob\304 \236`\n2\037writeI2\357h\374!\036\376hgave\236\204\006\274A\300A\377.__exit_\375_\006\004reduce\363_c\331\002\r\006sets\367tat\t\014done\370?\002\337\204\001H\002give_\217backV\002\213\205\002\245aF\004\376\204\002\257aS\217\205\002\000\007|\000_\020 \003\300\230\000c\022\027\004\332\205\002?\010\352\205\002_a\017syncU\010\347\204\001\000\014\032\007\333er\260\204\004__\345\020er\016j\025er.\230\204\001\355\204\004\243\204\001H\t\350\376\204\004\205\205\n\222\003M\377\205\003Too\017Long\277\205\010\312\205\010\200/\017\013\360\372.0\t\212\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\360\206\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin]e\300bio.\010\006s\320\204\001\337slash\340\212\001ac\301e\262\212\002\234\210\001\363G\206\213\003\213\213\001cl\332A\000_\345\000tr\047\001ac\373kc\202Adatad\337ecode\265\205\001en`\006\001\266\210\002\272""\210\003\244\213\001\256!ti\231`\374\260 \303\205\006howite\361m\330\210\006\242\214\004\376bskin\337dleft\257\214\002mo\377notonicn\377evernext;pl\355 pop\260\004\235\214\002\020\354C\362C\252\205\003\236\213\001s\252\212\001\256\214\001\275\205\010\376\274\214\003setdefa\036\243`spin\334\212\003\342\212\003\350\205\003\350\312\213\001\316\213\001\004\007n\200\212\001thr?owtime\000\001\325 \337value\000\002sv\377iewwhyPy\255O\270\211\003*(\264\214\004_\366Boobj_7\326\212\004_7\221\216\004\333_4\313\213\001_C\240\216\003En\037d *, 8\007\000\t\014\t\333)\000\002a, \263\013pt\337_args\263\02014\357slee\305 g_t\377asks_unt\263il\250b\250  *\373\004p\266\202aalA\002)\000\036\003s}o\311 hing\000\047\n\376\230\201 6queues\373_T\363\216\002*(PyT\207ype\365%\255\r\3512;\005C\036\316`ming\372$\354\217\004\245E\376\323\217\003const *\373)\000\343\217\002_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\013\2104\210v\377\220T\230\024\230Y\240c\377\250\021\330\014\020\220\005\220\377Q\330\020.\250e\2603\377\260j\300\t\310\021\310%\357\310q\320P*\001\033)\250\277\021\360\034\000\t\0140\002Q\377\320\026+\2509\260F\270\377!\2701\330\014\023\2201\377\330\010\017\210x\220q\230\277\006\230f\240A\240[\001#\3771\260\021\360\032\000\t\036\273\230Qc\005W\230A)\0014\177\220u\230G\2401\240\200\000\377\017\210{\230(\240!\240\336=\000\014\210H\220\222\000\032\230\377!\2306\240\021\240&\250\357\001\330\010\t\220\001\006\220a\337\330\014\017\210z\245\000U\240\377\"\240D\250\010\260\007\260\377y\300\001\330\020\026\220dK\230)F\000D)\000\272\000\n8\000\2771\230F\240)\250\221\000\022\277\220!\2204\220sK\0007\377\240$\240f\250D\260\001\371\330\036\003\344\001\016\230d\240!\276\355\001\013\2304\230q\366\001\010{\230\004\232\001\020\220\010\230$\002\277\014\230D\240\007\240\024\004\001v\225$\220f\023\000\006\240a\356\002\377\340\014\034\230A\230Q\230\377a\200A\340\010\014\210F\357\220!\330\010\207 \220D\230\377\007\230x\240w\250i\260\367x\270q\224!t\2205\230\367\001\230\023*\000T\240\027\250\377""\001\250\027\3200C\3002\357\300X\310Q4\003G\2201\256?\001\016\210i\276 \001J\001\031\177\230\021\330\r%\240T\221A\337\017\210t\2206;\000D\240\377\010\250\003\2505\260\003\260\3774\260t\2707\300\047\310\337\021\330\020\027\220\226\t\t\230\375\032\324 J\250a\250t\260\234\224@7\000\320\023#\345!G\000\027\377\260\t\270\024\270[\310\001\3763\001\024\220G\2309\240G+\2501\221#\023\\\002A\305\000m\005\353\020\220\361\"\023\300 x\230s\277\240#\240Q\320\004\222\000\360\177\022\000\t\"\240\024\240\317@\376\352\004\013\2106\220\026\220w\375\230\216\"6\230\025\230g\240\361Q\235 \213`\360\003\026\230q\320\277\004\035\230^\2501\211`\016)&\311\007\217!\031\343@\003\252@\306@\375l\202`:\250Q\250d\320\3132H\241\000\027\362`\361At\220_7\230\047\240\021\345C!\267c\375z~\000W\250F\260#\260\377Z\270t\3007\310%\310\377w\320VW\320W[\320\377[\\\320\004!\240\021\340\377\010\017\210\177\230a\230v\372\360\004\021\022\001\036\250q\360\030\377\000\t\021\220\t\230\026\230\343}\250\367bZ\001\352a\031\250%\363\250q\351b\351\005)\2503\250\377b\260\010\270\006\270m\310\362\334\204\0024\340\001O\000U\250!\330\377\017\020\330\014\022\320\0223\276\206@w\270h\300a\013\000\220\365,\377\000\020\270\204\0014\320\0375\377\260Q\260g\270W\300A\337\300Q\330\023\024*\002\020\220\235\007\246A\r\320\004\215@\234\001}>\270`V\2404\240y\224@\235\000\377&\240n\260A\360\026\000\373\t\n\231\205\005A\230Y\240e\276\305\204\001\017\210u\220C\344@\020\377\021\330\014\r\330\020\030\230\347\010\240\001\200@\227b\023\220=\377\240\001\330\020\024\220E\230\345\021\205\205\002Am\001\t\004!\330\020\277\021\340\020\035\230Q\217\206\001\320\357\004)\250\021k\013\n\270!\377\320\n-\250Q\320\n2\003\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2248, 3460);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2459 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \367is \000\001clos\377ed s s; \377(tree fr\377agment).\357: : \047\000was\377 cancell\377ed: no r\177eply in\035\000\376W\001server \267fai\034\002: \n\010t\377hat had \377begun wi\367th x\003gone_; whe\233\000rd\001{di\244\003work\233\001\377not know\367n?N(\000Pick\377ling of \377struct m\337ember\270\000uc\373h \242\000self.\377message,\376\010\002taken m\367ust}\000 exp\337licit\271\000re\237quest\367\000\215\002@\277auto_p_\001e\377(True)a \357Pendm\000Cal\275l\251!made\321  ~\014\001er.sub\303 Qa\226 \034\000\047\000s\325\003`\226\"\277` or `\214!`Ya\246$\263\000a \242$h\316 \362\202*c`\001\325\000disa\337bleen\002\001gc\373is\004\003divsh\376\352\000.errors^\006\005text\023\004/\327D}/F\001s.pyx\243@\274V\025\242\"held\236#r\245e\327\000r\336A\355!b\247`o\271n\314@\230!to \205 y\377thon obj\225e\361 f\327\000p\204D\353\"p\307rob\276`\236`\n2wr\207iteI2\357h\374!\376hg\367ave\236\204\006this\360\277J\275`\320A\324A.__e\337xit__\006\004re?duce_c\355\002\r\006\177setstat\t\014\217done?\002\363\204\001H\002g\377ive_backHV\002\237\205\002\271aF\222\205\002\303aS\243\205\002\000\000\007|\000_\020 \003\230\000c\022\027\004\356\205\002\374?\010\376\205\002_async\260U\010\373\204\001\000\014\032\007er\304\204\004_\355_\345\020erj\025er.\000\254\204\001\201\205\004\267\204\001H\t\222\205\004\231\205\n\221\004\345\207\002\365E\277\204\001M\236\206\003TooL\007ong\336\205\010\351\205\010\213/\017\013\205N\2000\t\251\210\003\005\n\344\210\001S\t\274Ac\tf\337ilenou\tre\217sult\000\017\341#\307CL\373os\274`Pyx_P\377yDict_Ne\377xtRef__a\327nno\261b_\t\000wa\374\342a\346e__func\346\025\000_g\323e\"\000mai\375n\020\001module.\032\001nam\003\002p\\\000\374c\315_\007\001vt\241\207\001;\001qu\223al\035\005\265\204\004_\275N\326Fe\275xo\001set_Q\005s\274t\010\325\204\016__te\331\001_\377is_corou\357tine\335bio.\372\010\006s\355\204\001slash\016\221\213\001ace\343\212\002\315\210\001\220g\267\213\003\326\274\213\001clA\000_\345""\000tr\356\047\001ack\372\213\003ata\277decode\322\205\001e\201n\006\001\347\210\002\353\210\003\325\213\001\231C\264!t\361i\261`\266 \346\205\006howi\037ditem\221\211\006\345\214\004\243\204\002\377skindlef\375t\362\214\002monoto\377nicnever\277nextpl\365 p\037opref\273\004\331\214\002\367C\010\375C\322\205\003\332\213\001s\346\212\001\352\214\001\345\205\010\370\214\003\177setdefa\256`\017spin\230\213\003\236\213\003\220\206\003\206\214\001\364\212\214\001\004\007n\274\212\001thro\237wtime\000\001\340 v\357alue\000\002svi\277ewweak\226\000w\337hyPyO\373\211\003*(\372\367\214\004_\210bobj_7\266\231\213\004_7\336\216\004_4\216\214\001_\375C\355\216\003End *,\261 8\007\000\t\014\t)\000\002a,\375 \263\013pt_arg\375s\263\02014slee\376\314 g_tasks?_until\272b\257 k *\373\004p\216aalA\002\333)\000\036\003so\320 hi\347ng\000\047\n\230\201 6qu\277eues_T\266\217\002*\177(PyType\365%\350\255\r\3512;\005C\330`min\341g\372$\257\220\004\245E\226\220\003con\277st *)\000\246\220\002_\377of\200\001\330\004\n\210\377+\220Q\200A\330\010\013\377\2104\210v\220T\230\024\377\230Y\240c\250\021\330\014\377\020\220\005\220Q\330\020.\377\250e\2603\260j\300\t\377\310\021\310%\310q\320P\376*\001\033)\250\021\360\034\000\373\t\0140\002Q\320\026+\250\3779\260F\270!\2701\330\377\014\023\2201\330\010\017\210\377x\220q\230\006\230f\240\373A\240[\001#1\260\021\360\277\032\000\t\036\230Qc\005W\373\230A)\0014\220u\230G\367\2401\240\200\000\017\210{\230\357(\240!\240=\000\014\210H\375\220\222\000\032\230!\2306\240\377\021\240&\250\001\330\010\t\376\220\001\006\220a\330\014\017\210\375z\245\000U\240\"\240D\250\377\010\260\007\260y\300\001\330\277\020\026\220d\230)F\000D\364)\000\272\000\n8\0001\230F\240\373)\250\221\000\022\220!\2204\373\220sK\0007\240$\240f\237\250D\260\001\330\036\003\344\001\016\357\230d\240!\355\001\013\2304\273\230q\366\001\010\230\004\232\001\020\367\220\010\230$\002\014\230D\240k\007\240\024\004\001\225$\220f\023\000\367\006\240a\356\002\340\014\034\230\377A\230Q\230a\200A\340""\377\010\014\210F\220!\330\010\376\207 \220D\230\007\230x\240\177w\250i\260x\270q\224!\177t\2205\230\001\230\023*\000\377T\240\027\250\001\250\027\320\3770C\3002\300X\310Qz4\003G\274 \r%\240T\375#~y\004\n\230$\230l\250\241\000\177\017\210t\220<\230wr\000\277\020\024\220K\230u\376\000\001\377\250\022\2501\250G\2601\256v\001\016\210i\365 \001\201\001\031\247\230\021\330A\0053\0016r\000D\357\240\010\250\003\216 \020\027\220\374\345\000I\0014\220w\230g\240~\345@\024\220J\230a\330\023\003\357\020\220\t\230\375B\t\230\032~\230@J\250a\250t\260\330@\316{\000\320\023#\251A\235\000\027\260\377\t\270\024\270[\310\001\310\373\021\330\212\000G\2309\240G,\206\000\326\"\023\220j\001A\211 \301\007\372\265B\023\204@x\230s\240#>\222a\360\024\000\016&\344\003\324\001\3778\2307\240%\240t\250\3714h\002\315@k\240\021\320\"\3278\270\001d\000Q\361At\220\3678\2303\241\001\024\220F\230\305!q\001J\334b\250!\210$A\240\377R\240q\250\t\260\027\270\177\004\270A\270Q\330\020m\001\377q\330\024\030\230\013\2409\375\250\352dw\230f\240I\250\377T\260\033\270J\300g\310\337Q\310a\320\004\252 \360\022\237\000\t\"\240\024\211 \270E\013\317\2106\220\026\235 \335B6\230\311\025\245!\354@\010\201A\301A\026\230\377q\320\004\035\230^\2501s\360\032\275\n\336A\031\240&\345#\377\026\220l\240!\240:\250\277Q\250d\3202H\254 \027\373\320P\310\0047\230\047\240\021\352\264\204\003!\206\205\003z~\000W\250F\377\260#\260Z\270t\3007\377\310%\310w\320VW\320\377W[\320[\\\320\004!\377\240\021\340\010\017\210\177\230\327a\230v\373$\021\022\001\036\250\277q\360\030\000\t\021\264@\026w\230}\250\306\205\002t\2207\270\205\002\237\031\250%\250q\270\205\002\364%)\377\2503\250b\260\010\270\006G\270m\310\253\206\002\200aN\001U\337`\377\017\020\330\014\022\320\0223\377\2604\260w\270h\300a\346\013\000\220,\225a\207\206\0014\320\037\3775\260Q\260g\270W\300\177A\300Q\330\023\024\330+\001w\020\220\007\312a\r\320\004\230`\376\234\001}\230A\230V\2404\363\240y\237`\235\000&\240n\260\277A\360\026\000\t\n\350\206\005A\357\230Y\240e\224\206\001""\017\210u\377\220C\220q\330\020\021\330\377\014\r\330\020\030\230\010\240\371\001\200@\370\204\002\023\220=\240\001\256\326aE\230\021\324\206\002Am\001\020\363\024\220\014\001\373@\021\340\020\035\373\230Q\336\207\001\320\004)\250\021\376k\013\n\270!\320\n-\250?Q\320\n2\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2459, 3744);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3460 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject ""*, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\001\250\027\3200C\3002\300X\310Q\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2505\260\003\2604\260t\2707\300\047\310\021\330\020\027\220q\330\014\020\220\010\230\001\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401""\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3744 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  is closed s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replythis PendingCall of CallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncClosedErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.filenoPendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbackslashreplacebeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfilenofunctionggetgive_backhowiditemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpoprefreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewweakrefw""hyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\t\310\021\310%\310q\320PQ\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\001\250\027\3200C\3002\300X\310Q\200A\340\010\014\210G\2201\330\r%\240T\250\021\330\014\020\220\010\230\001\330\014\020\220\n\230$\230l\250!\330\014\017\210t\220<\230w\240a\330\020\024\220K\230u\240D\250\001\250\022\2501\250G\2601\200A\340\010\016\210i\220q\230\001\200A\340\010\031""\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2501\330\020\027\220q\330\014\017\210t\2204\220w\230g\240Q\330\020\024\220J\230a\330\020\027\220q\330\014\020\220\t\230\021\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\200A\360\024\000\016&\240T\250\021\330\014\017\210t\2208\2307\240%\240t\2504\250t\2601\330\020\026\220k\240\021\320\"8\270\001\270\024\270Q\330\014\017\210t\2208\2303\230a\330\020\024\220F\230!\330\020\024\220J\230f\240A\240T\250\021\330\020\024\220K\230u\240A\240R\240q\250\t\260\027\270\004\270A\270Q\330\020\023\2204\220q\330\024\030\230\013\2409\250A\330\014\023\2204\220w\230f\240I\250T\260\033\270J\300g\310Q\310a\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320""\004&\240n\260A\360\026\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230)\2401\240A\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\035\230Q\230f\240A\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 139; i++) {
+    for (int i = 0; i < 147; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 33) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17669,8 +18696,8 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 139; i < 160; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-139].length;
+    for (int i = 147; i < 169; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-147].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17680,15 +18707,15 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 160; i++) {
+    for (Py_ssize_t i = 0; i < 169; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 139;
-      for (Py_ssize_t i=0; i<21; ++i) {
+      PyObject **table = stringtab + 147;
+      for (Py_ssize_t i=0; i<22; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -17774,134 +18801,139 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 260};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 322};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call_async, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 326};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve_async, __pyx_mstate->__pyx_kp_b_iso88591_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 115};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_a_4xs_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t87_t4t1_k_8_Q_t83a_F_JfAT_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 121};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_a_4xs_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 175};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 141};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_never};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t6_D_1_q_t4wgQ_Ja_q_1Jat1_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 160};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_G1_T_l_t_wa_KuD_1G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 192};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 254};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 230};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 256};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 282};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 363};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_1A_E_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 385};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_server};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 400};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 462};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_why, __pyx_mstate->__pyx_n_u_limit};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_0C2XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 434};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 496};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 438};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 500};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 442};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 504};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_qPQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -18033,36 +19065,6 @@ end:
     return (__Pyx_RefNannyAPIStruct *)r;
 }
 #endif
-
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
-/* IgnoreException (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
-    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
-        PyErr_Clear();
-        return 1;
-    }
-    return 0;
-}
 
 /* FastTypeChecks (used by GivenExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -18294,7 +19296,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 #endif
 }
 
-/* GetBuiltinName (used by GetModuleGlobalName) */
+/* GetBuiltinName */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
     if (unlikely(!result) && !PyErr_Occurred()) {
@@ -18302,6 +19304,36 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
             "name '%U' is not defined", name);
     }
     return result;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* IgnoreException (used by GetModuleGlobalName) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
+    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
+        PyErr_Clear();
+        return 1;
+    }
+    return 0;
 }
 
 /* PyDictVersioning (used by GetModuleGlobalName) */
@@ -19182,6 +20214,31 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
+
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(
     const char* func_name,
@@ -19660,31 +20717,6 @@ static PyObject* __Pyx_PyObject_Format(PyObject* obj, PyObject* format_spec) {
 }
 #endif
 
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
-
 /* ListAppendAndDecrefInternal (used by ListAppend) */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
@@ -19706,6 +20738,27 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
     return PyList_Append(list, x);
 }
 #endif
+
+/* py_dict_pop_ignore */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value) {
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d00A2 || defined(PyDict_Pop)
+    int result = PyDict_Pop(d, key, NULL);
+    CYTHON_UNUSED_VAR(default_value);
+    return (unlikely(result == -1)) ? -1 : 0;
+#else
+    PyObject *value;
+    CYTHON_UNUSED_VAR(default_value);
+    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030d0000
+    value = _PyDict_Pop(d, key, Py_None);
+    #else
+    value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_pop, d, key, Py_None);
+    #endif
+    if (unlikely(value == NULL))
+        return -1;
+    Py_DECREF(value);
+    return 0;
+#endif
+}
 
 /* WriteUnraisableException */
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
@@ -25283,6 +26336,85 @@ bad:
         }\
         return (target_type) value;\
     }
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
 
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {

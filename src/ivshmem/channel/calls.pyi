@@ -9,6 +9,7 @@ from .roles import WriterEnd
 
 @final
 class PendingCall(ChannelEnd):
+    def fileno(self) -> int: ...
     def done(self) -> bool: ...
     def result(
         self, timeout: float | None = None, *, spin: float | Literal["auto"] | None = None

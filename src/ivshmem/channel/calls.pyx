@@ -14,14 +14,15 @@ from libc.string cimport memcpy
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .ends cimport ChannelEnd
+from .ends cimport ChannelEnd, Wakeup
 from .queues cimport ClaimingEnd, Taken, taken_of
 from .roles cimport WriterEnd
 from .sleeping_tasks cimport until_in_time, until_something
 
+import weakref
 from time import monotonic
 
-from ..errors import CallFailed, MessageTooLong, ServerLost
+from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
 from ..text import plain
 
 cdef enum:
@@ -56,6 +57,9 @@ cdef class PendingCall(ChannelEnd):
     cdef bint over
     cdef Probed probed
 
+    # Invariant: while a program watches the descriptor, and the call is not over, the call is one of
+    # those that sleep at its caller.
+
     cdef int attempt(self) except? -2:
         cdef uint32_t length = 0
         cdef unsigned status = 0
@@ -86,9 +90,38 @@ cdef class PendingCall(ChannelEnd):
             )
         else:
             self.error = self.caller.fail(code)
-        self.over = True
+        self.end_call()
         ivshmem_call_end(&self.caller.writer, self.position, &never)
         return 0
+
+    cdef int end_call(self) except -1:
+        """Note that there is nothing to wait for any more."""
+        self.over = True
+        return self.end_watch()
+
+    cdef int begin_watch(self) except -1:
+        self.caller.asleep += 1
+        self.membership.watch(1)
+        return self.membership.hurry()
+
+    cdef int end_watch(self) except -1:
+        """Wake who watches the descriptor, for the last time."""
+        if not self.watched:
+            return 0
+        self.watched = False
+        self.membership.watch(-1)
+        self.caller.one_awake()
+        return self.membership.kick_all() if self.membership.is_own() else 0
+
+    cdef int beat(self) except -1:
+        with cython.critical_section(self.caller):
+            if not self.watched:
+                return 0
+            if not self.caller.usable():  # to ask for the result raises that
+                self.end_watch()
+            elif not ivshmem_call_waits(&self.caller.writer, self.position):
+                self.membership.kick_all()
+            return 0
 
     cdef int enter(self) except -1:
         if self.caller is None:
@@ -111,6 +144,27 @@ cdef class PendingCall(ChannelEnd):
         what[0] = &self.probed
         probe[0] = probe_call
         return 1
+
+    def fileno(self):
+        """Return a descriptor, which becomes readable when `result` has something, and stays so.
+
+        As of other ends, it is also readable at times without a reason: call `result` with
+        timeout=0, which raises TimeoutError then. It stays the call's, and `close()` closes it.
+
+        Raises:
+            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.
+            ClosedError: the call, its caller or the channels are closed.
+        """
+        with cython.critical_section(self.caller):
+            if self.caller is not None and not self.open:
+                raise ClosedError(f"this PendingCall of {self.name!r} is closed")
+            if self.wakeup is None:
+                self.enter()
+                self.wakeup = Wakeup(self.membership)
+                self.membership.ends[id(self)] = weakref.ref(self)
+                if self.over:
+                    self.membership.kick_all()
+            return self.wakeup.epoll.epfd if self.over else ChannelEnd.fileno(self)
 
     def done(self):
         """Whether `result` would return, or raise, at once."""
@@ -149,20 +203,28 @@ cdef class PendingCall(ChannelEnd):
         """Give the call up; return whether it is certain that no server began with it."""
         cdef int never = 0
         with cython.critical_section(self.caller):
-            if self.over or self.caller is None or not self.caller.usable():
+            if self.over or self.caller is None:
                 return False
-            self.over = True
+            if not self.caller.usable():
+                self.end_watch()
+                return False
+            self.end_call()
             self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
             if not ivshmem_call_end(&self.caller.writer, self.position, &never):
                 self.caller.given_up.append(self.position)
             return never != 0
 
     def close(self):
-        """Give the call up; may be called twice."""
+        """Give the call up, and close its descriptor; may be called twice."""
         self.cancel()
+        with cython.critical_section(self.caller):
+            self.open = False
+            self.wakeup = self.slept_on = None
+            if self.membership is not None:
+                self.membership.ends.pop(id(self), None)
 
     def __del__(self):
-        self.cancel()
+        self.close()
 
 
 @cython.no_gc_clear

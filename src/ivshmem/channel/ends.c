@@ -2907,6 +2907,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
 };
@@ -3968,6 +3969,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_check_there(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, int __pyx_v_code); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
@@ -4254,7 +4256,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[81]
 #define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[82]
 #define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[83]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[84]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[84]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -8887,11 +8889,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_v_code;
   int __pyx_r;
+  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("arm", 0);
 
   /* "ivshmem/channel/ends.pyx":309
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
@@ -8928,7 +8933,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
- *             self.end_sleep()
+ *             if not self.sleeper().asleep:  # else those still sleep
 */
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
 
@@ -8937,8 +8942,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
- *             self.end_sleep()
- *             return self.attempt()
+ *             if not self.sleeper().asleep:  # else those still sleep
+ *                 self.end_sleep()
 */
   __pyx_t_2 = (__pyx_v_code == 0);
 
@@ -8948,20 +8953,44 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
     /* "ivshmem/channel/ends.pyx":314
  *         self.membership.flush()
  *         if code == 0:
- *             self.end_sleep()             # <<<<<<<<<<<<<<
+ *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
+ *                 self.end_sleep()
+ *             return self.attempt()
+*/
+    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_2 = (!(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_3)->asleep != 0));
+
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/ends.pyx":315
+ *         if code == 0:
+ *             if not self.sleeper().asleep:  # else those still sleep
+ *                 self.end_sleep()             # <<<<<<<<<<<<<<
  *             return self.attempt()
  *         return code
 */
-    ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
+      ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/ends.pyx":315
+      /* "ivshmem/channel/ends.pyx":314
+ *         self.membership.flush()
  *         if code == 0:
- *             self.end_sleep()
+ *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
+ *                 self.end_sleep()
+ *             return self.attempt()
+*/
+    }
+
+    /* "ivshmem/channel/ends.pyx":316
+ *             if not self.sleeper().asleep:  # else those still sleep
+ *                 self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 315, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 316, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
@@ -8971,13 +9000,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
- *             self.end_sleep()
- *             return self.attempt()
+ *             if not self.sleeper().asleep:  # else those still sleep
+ *                 self.end_sleep()
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":316
- *             self.end_sleep()
+  /* "ivshmem/channel/ends.pyx":317
+ *                 self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
  * 
@@ -8999,15 +9028,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.arm", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
 
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":318
+/* "ivshmem/channel/ends.pyx":319
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9079,17 +9110,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":330
+        /* "ivshmem/channel/ends.pyx":331
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":331
+        /* "ivshmem/channel/ends.pyx":332
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9100,7 +9131,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":332
+          /* "ivshmem/channel/ends.pyx":333
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -9113,7 +9144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 333, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -9121,7 +9152,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":331
+          /* "ivshmem/channel/ends.pyx":332
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9130,105 +9161,87 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":333
+        /* "ivshmem/channel/ends.pyx":334
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
  *             self.watched = True
- *             self.awaited += 1
+ *             self.begin_watch()
 */
         __pyx_t_3 = (!__pyx_v_self->watched);
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":334
+          /* "ivshmem/channel/ends.pyx":335
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
- *             self.awaited += 1
- *             self.membership.watch(1)
+ *             self.begin_watch()
+ *             if self.arm() == 0:
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":335
+          /* "ivshmem/channel/ends.pyx":336
  *         if not self.watched:
  *             self.watched = True
- *             self.awaited += 1             # <<<<<<<<<<<<<<
- *             self.membership.watch(1)
- *             self.membership.hurry()
-*/
-          __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
-
-          /* "ivshmem/channel/ends.pyx":336
- *             self.watched = True
- *             self.awaited += 1
- *             self.membership.watch(1)             # <<<<<<<<<<<<<<
- *             self.membership.hurry()
- *             if self.arm() == 0:
-*/
-          ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
-
-          /* "ivshmem/channel/ends.pyx":337
- *             self.awaited += 1
- *             self.membership.watch(1)
- *             self.membership.hurry()             # <<<<<<<<<<<<<<
+ *             self.begin_watch()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_watch(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":338
- *             self.membership.watch(1)
- *             self.membership.hurry()
+          /* "ivshmem/channel/ends.pyx":337
+ *             self.watched = True
+ *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":339
- *             self.membership.hurry()
+            /* "ivshmem/channel/ends.pyx":338
+ *             self.begin_watch()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":338
- *             self.membership.watch(1)
- *             self.membership.hurry()
+            /* "ivshmem/channel/ends.pyx":337
+ *             self.watched = True
+ *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":333
+          /* "ivshmem/channel/ends.pyx":334
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
  *             self.watched = True
- *             self.awaited += 1
+ *             self.begin_watch()
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":340
+        /* "ivshmem/channel/ends.pyx":339
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
- *     cdef object fail(self, int code):
+ *     cdef int begin_watch(self) except -1:
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9243,7 +9256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":318
+      /* "ivshmem/channel/ends.pyx":319
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9282,8 +9295,71 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":342
+/* "ivshmem/channel/ends.pyx":341
  *         return self.wakeup.epoll.epfd
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let each beat wake who watches the descriptor."""
+ *         self.awaited += 1
+*/
+
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/ends.pyx":343
+ *     cdef int begin_watch(self) except -1:
+ *         """Let each beat wake who watches the descriptor."""
+ *         self.awaited += 1             # <<<<<<<<<<<<<<
+ *         self.membership.watch(1)
+ *         return self.membership.hurry()
+*/
+  __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
+
+  /* "ivshmem/channel/ends.pyx":344
+ *         """Let each beat wake who watches the descriptor."""
+ *         self.awaited += 1
+ *         self.membership.watch(1)             # <<<<<<<<<<<<<<
+ *         return self.membership.hurry()
+ * 
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
+
+  /* "ivshmem/channel/ends.pyx":345
+ *         self.awaited += 1
+ *         self.membership.watch(1)
+ *         return self.membership.hurry()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object fail(self, int code):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/ends.pyx":341
+ *         return self.wakeup.epoll.epfd
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let each beat wake who watches the descriptor."""
+ *         self.awaited += 1
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_watch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/ends.pyx":347
+ *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
  *         return self.membership.fail(code, &self.channel, self.name)
@@ -9300,7 +9376,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":343
+  /* "ivshmem/channel/ends.pyx":348
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -9309,7 +9385,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9323,8 +9399,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":342
- *         return self.wakeup.epoll.epfd
+  /* "ivshmem/channel/ends.pyx":347
+ *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
  *         return self.membership.fail(code, &self.channel, self.name)
@@ -9343,7 +9419,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":347
+/* "ivshmem/channel/ends.pyx":352
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9364,19 +9440,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":350
+  /* "ivshmem/channel/ends.pyx":355
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             self.enter()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":351
+  /* "ivshmem/channel/ends.pyx":356
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9385,43 +9461,43 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 351, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 356, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":352
+        /* "ivshmem/channel/ends.pyx":357
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             sleeper.check_there()
  *             code = self.begin_sleep()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":353
+        /* "ivshmem/channel/ends.pyx":358
  *         with cython.critical_section(sleeper):
  *             self.enter()
  *             sleeper.check_there()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":354
+        /* "ivshmem/channel/ends.pyx":359
  *             self.enter()
  *             sleeper.check_there()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 354, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":355
+        /* "ivshmem/channel/ends.pyx":360
  *             sleeper.check_there()
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -9430,7 +9506,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-        /* "ivshmem/channel/ends.pyx":356
+        /* "ivshmem/channel/ends.pyx":361
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -9439,7 +9515,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-        /* "ivshmem/channel/ends.pyx":357
+        /* "ivshmem/channel/ends.pyx":362
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9448,27 +9524,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":363
  *             sleeper.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":359
+        /* "ivshmem/channel/ends.pyx":364
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             return code != IVSHMEM_AGAIN
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":360
+        /* "ivshmem/channel/ends.pyx":365
  *             self.membership.hurry()
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9483,7 +9559,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":351
+      /* "ivshmem/channel/ends.pyx":356
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9505,7 +9581,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":347
+  /* "ivshmem/channel/ends.pyx":352
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9526,7 +9602,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":362
+/* "ivshmem/channel/ends.pyx":367
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9548,19 +9624,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* "ivshmem/channel/ends.pyx":367
+  /* "ivshmem/channel/ends.pyx":372
  *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":369
+  /* "ivshmem/channel/ends.pyx":374
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9569,13 +9645,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 369, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 374, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":371
+        /* "ivshmem/channel/ends.pyx":376
  *         with cython.critical_section(sleeper):
  *             nothing = (
  *                 sleeper.usable()             # <<<<<<<<<<<<<<
@@ -9593,14 +9669,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":372
+        /* "ivshmem/channel/ends.pyx":377
  *             nothing = (
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
 
@@ -9613,7 +9689,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":373
+        /* "ivshmem/channel/ends.pyx":378
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN
  *                 and ivshmem_is_there(&sleeper.channel)             # <<<<<<<<<<<<<<
@@ -9628,7 +9704,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         __pyx_L6_bool_binop_done:;
         __pyx_v_nothing = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":375
+        /* "ivshmem/channel/ends.pyx":380
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9640,17 +9716,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":376
+          /* "ivshmem/channel/ends.pyx":381
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             return nothing
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":375
+          /* "ivshmem/channel/ends.pyx":380
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9659,7 +9735,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":377
+        /* "ivshmem/channel/ends.pyx":382
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             return nothing             # <<<<<<<<<<<<<<
@@ -9674,7 +9750,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":369
+      /* "ivshmem/channel/ends.pyx":374
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9696,7 +9772,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":362
+  /* "ivshmem/channel/ends.pyx":367
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9717,7 +9793,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":379
+/* "ivshmem/channel/ends.pyx":384
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9736,19 +9812,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":381
+  /* "ivshmem/channel/ends.pyx":386
  *     cdef int end_waiting(self) except -1:
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":382
+  /* "ivshmem/channel/ends.pyx":387
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9757,13 +9833,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 382, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 387, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":383
+        /* "ivshmem/channel/ends.pyx":388
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9772,7 +9848,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":384
+        /* "ivshmem/channel/ends.pyx":389
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9781,17 +9857,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":385
+        /* "ivshmem/channel/ends.pyx":390
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":386
+        /* "ivshmem/channel/ends.pyx":391
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9806,7 +9882,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":382
+      /* "ivshmem/channel/ends.pyx":387
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9828,7 +9904,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":379
+  /* "ivshmem/channel/ends.pyx":384
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9848,7 +9924,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":388
+/* "ivshmem/channel/ends.pyx":393
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9921,7 +9997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":391
+        /* "ivshmem/channel/ends.pyx":396
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9933,7 +10009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":392
+          /* "ivshmem/channel/ends.pyx":397
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9951,7 +10027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":391
+          /* "ivshmem/channel/ends.pyx":396
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9960,7 +10036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":393
+        /* "ivshmem/channel/ends.pyx":398
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9969,7 +10045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":394
+        /* "ivshmem/channel/ends.pyx":399
  *             return
  *         self.open = False
  *         self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -9985,7 +10061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         __Pyx_GOTREF((PyObject *)__pyx_v_self->slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":395
+        /* "ivshmem/channel/ends.pyx":400
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9994,7 +10070,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":396
+          /* "ivshmem/channel/ends.pyx":401
  *         self.wakeup = self.slept_on = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -10003,7 +10079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":395
+          /* "ivshmem/channel/ends.pyx":400
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -10012,7 +10088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":397
+        /* "ivshmem/channel/ends.pyx":402
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10038,27 +10114,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":398
+          /* "ivshmem/channel/ends.pyx":403
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":399
+          /* "ivshmem/channel/ends.pyx":404
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":397
+          /* "ivshmem/channel/ends.pyx":402
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10067,7 +10143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":400
+        /* "ivshmem/channel/ends.pyx":405
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10079,17 +10155,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":401
+          /* "ivshmem/channel/ends.pyx":406
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":400
+          /* "ivshmem/channel/ends.pyx":405
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10098,7 +10174,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":402
+        /* "ivshmem/channel/ends.pyx":407
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -10107,7 +10183,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 402, __pyx_L4_error)
+          __PYX_ERR(0, 407, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -10115,15 +10191,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 402, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 407, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":388
+      /* "ivshmem/channel/ends.pyx":393
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10167,7 +10243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":404
+/* "ivshmem/channel/ends.pyx":409
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10198,7 +10274,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":405
+  /* "ivshmem/channel/ends.pyx":410
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10207,7 +10283,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":406
+    /* "ivshmem/channel/ends.pyx":411
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10221,12 +10297,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":405
+    /* "ivshmem/channel/ends.pyx":410
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10235,7 +10311,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":404
+  /* "ivshmem/channel/ends.pyx":409
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10254,7 +10330,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":408
+/* "ivshmem/channel/ends.pyx":413
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10278,7 +10354,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":410
+  /* "ivshmem/channel/ends.pyx":415
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10292,17 +10368,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":411
+        /* "ivshmem/channel/ends.pyx":416
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":412
+        /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10318,17 +10394,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":413
+            /* "ivshmem/channel/ends.pyx":418
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 413, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":412
+            /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10342,7 +10418,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":414
+          /* "ivshmem/channel/ends.pyx":419
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -10352,12 +10428,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 414, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 419, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":415
+            /* "ivshmem/channel/ends.pyx":420
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10366,7 +10442,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":416
+            /* "ivshmem/channel/ends.pyx":421
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -10378,11 +10454,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 416, __pyx_L8_except_error)
+            __PYX_ERR(0, 421, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":412
+          /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10398,7 +10474,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":417
+        /* "ivshmem/channel/ends.pyx":422
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10407,7 +10483,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":418
+        /* "ivshmem/channel/ends.pyx":423
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10422,7 +10498,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":410
+      /* "ivshmem/channel/ends.pyx":415
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10444,7 +10520,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":408
+  /* "ivshmem/channel/ends.pyx":413
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10466,7 +10542,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":420
+/* "ivshmem/channel/ends.pyx":425
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10486,7 +10562,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":421
+  /* "ivshmem/channel/ends.pyx":426
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10500,7 +10576,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":422
+        /* "ivshmem/channel/ends.pyx":427
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10509,7 +10585,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":423
+        /* "ivshmem/channel/ends.pyx":428
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10545,27 +10621,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":424
+          /* "ivshmem/channel/ends.pyx":429
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":425
+          /* "ivshmem/channel/ends.pyx":430
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":423
+          /* "ivshmem/channel/ends.pyx":428
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10574,7 +10650,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":426
+        /* "ivshmem/channel/ends.pyx":431
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10583,14 +10659,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":427
+        /* "ivshmem/channel/ends.pyx":432
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10598,7 +10674,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":421
+      /* "ivshmem/channel/ends.pyx":426
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10620,7 +10696,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":420
+  /* "ivshmem/channel/ends.pyx":425
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10639,7 +10715,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":429
+/* "ivshmem/channel/ends.pyx":434
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10666,7 +10742,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":431
+  /* "ivshmem/channel/ends.pyx":436
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10675,7 +10751,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":432
+  /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10691,7 +10767,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":433
+      /* "ivshmem/channel/ends.pyx":438
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10699,9 +10775,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 433, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10721,12 +10797,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 433, __pyx_L3_error)
+        __PYX_ERR(0, 438, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10734,48 +10810,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 433, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 433, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":434
+      /* "ivshmem/channel/ends.pyx":439
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":435
+      /* "ivshmem/channel/ends.pyx":440
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 435, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 435, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 440, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":436
+        /* "ivshmem/channel/ends.pyx":441
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":435
+        /* "ivshmem/channel/ends.pyx":440
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10784,7 +10860,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":432
+      /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10802,7 +10878,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":437
+    /* "ivshmem/channel/ends.pyx":442
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10812,12 +10888,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 437, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 442, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":438
+      /* "ivshmem/channel/ends.pyx":443
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10831,12 +10907,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 443, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":439
+      /* "ivshmem/channel/ends.pyx":444
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10848,11 +10924,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 439, __pyx_L5_except_error)
+      __PYX_ERR(0, 444, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":432
+    /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10868,7 +10944,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":440
+  /* "ivshmem/channel/ends.pyx":445
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10881,7 +10957,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":429
+  /* "ivshmem/channel/ends.pyx":434
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10904,7 +10980,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":442
+/* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10960,7 +11036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":443
+  /* "ivshmem/channel/ends.pyx":448
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10978,7 +11054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":442
+  /* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10993,7 +11069,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":445
+/* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11042,7 +11118,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":446
+  /* "ivshmem/channel/ends.pyx":451
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11056,12 +11132,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 446, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":445
+  /* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11083,7 +11159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":448
+/* "ivshmem/channel/ends.pyx":453
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11123,7 +11199,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":449
+  /* "ivshmem/channel/ends.pyx":454
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -11142,19 +11218,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":450
+  /* "ivshmem/channel/ends.pyx":455
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11171,7 +11247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 450, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11187,7 +11263,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":448
+  /* "ivshmem/channel/ends.pyx":453
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11935,6 +12011,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.begin_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
@@ -12634,64 +12711,64 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":318
+  /* "ivshmem/channel/ends.pyx":319
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":388
+  /* "ivshmem/channel/ends.pyx":393
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":442
+  /* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":445
+  /* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12744,7 +12821,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 402, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 407, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12775,30 +12852,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{11},{126},{111}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{11},{126},{91}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (787 bytes) */
-static const char cstring[] = "x\332mSKo\0231\020n$\204\n\rO\365\300q*$\3123\250RT\036B\240\252\224\247TZ.\034-\307\2364\246\216\275\265\275iV\\z\314q\217{\334c\217\374\234\034\371\t\374\004\306\336$-\224HY\217\347\361\3157\017\203\340\306\330\000=\004a3\205\022\254\203L\211C\215\362%\330\014\rp\262\017\320\2015\010\307$ \250\000\312\203A\224\344O\222\320\326\307\310>\3001\367\340phG(\357\007\207\010}\307\017\206h\302\203\3073\267\316+5\362\203!\016;b@\271Qw^\277\331%\354]\033\020\302\200\007\330.\302\300\232\010,Q\253\036:\036P\027\340\203S\"\020\021r2\260\267\263\367\244\373\274K\354$%\374\216\"x\360yOh\356=\372\310\245\227+\035\224\201Pd\350;\360\261\017\205\315\023k\010\0262\362;\037@%\032\360\030\242\000\353\251)<(k\030\205+s\260\016R9J\242F\030\243\337q\355\261\303\201K\311\310\023g\245\220\223\347=\215h\342\367@(\337Hr^2:g\235\237\335\236\316\242\236\242\221\276\223\025cc\251\342>\317u\000\306\034\312\\ c \363\224\322X\363\204:0R\\\223U(\243\002c\221,EgV\231p6\2110 q\273\001\3371\362L\3520F\243@\307\330\337\272q\304\372K5\317~N\231\260\317\335\373J\243\261\333)\343N\254\353\033?\304<k\276g\020\"M\223\261\205\236\232\354\251\267\027,\r\036c{\305\230\376oi\326l\027\307\341+\366\031\233\315\203\010-*\230\323f\254\237\033\021\317\20390\375\206\\\231tZ\231\353\2441|\230N\3523\233\271Eq\024\342\200\242\341(\347z\3564/\377B\025\013\005\216\343\205jY\000\373s\351/\324H\243B\037\331*\317\204u6\247\315D\332\036\356\013#\224\355,t^h\3722b\037\034\027\330\343\34205\276\231l\332\237f\211\232v)\251\002\016\375\277O*n\024\335\351\355\370\201\3122\2339Jf\215.\034\366=j\372\207\331\246\215\270\316\321\037\247\021\034#?$\007\332\245\315.\013p\177\257\370\322\213/\013\036>X\222\004\220\230\331\377\333=\275\022\262\235\264\246\227\256N\036\225\373\047[\323\345\366\344]\271\026\205\353\023U\036M\3337\313V\271Z\356\227XmD\355\215\311\321\311\326/:B\271Y\335:\331\372}y\351J{\322\245\353\306\264}-\206\177(\023\312\247RV\217k>]^!k\302Y\2516\353\333\365F\243\371Q=\254\267\353p\332=\r?7\242u\271j\315\235n\315]\326IL""\272\027u\302\374\\\346\325\333\272\025Q\352\367\247\304\347\367\235\245+\327\"\341&b\\\372j-F\\\255\356\221\333j\275\337\350\023\271\210\223\216v\265\265\310T\257\235%m\307\242\272\004q\267\332\237\336\\-?W\305ik\232J}\026\361\376\000\265-\024M";
-    PyObject *data = __Pyx_DecompressString(cstring, 787, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (782 bytes) */
+static const char cstring[] = "x\332mSKo\0231\020n$\204\n\244\274\324\003\307AH\224gP\245\250<\204@U[\236Ri\271p\264\034{\322\230:\366\326\366\246Yq\3511\307=\356q\217=\362sr\344\047\360\023\030{\223\264P\"e=\236\371\346\233\247Apcl\200\036\202\260\231B\t\326A\246\304\241F\371\nl\206\0068\331\007\350\300\032\204c\022\020T\000\345\301 J\302\223$\264\365\321\263\017p\314=8\034\332\021\312\007\301!B\337\361\203!\232\360\360\311\014\326y\255F~0\304aG\014(6\352\316\233\267\273\304\275k\003B\030\360\000[E\030X\023\211%j\325C\307\003\352\002|pJ\004J\204@\006\366v\366\236v_t);I\001\277\243\010\036|\336\023\232{\217>\346\322\313\225\016\312@(2\364\035\370\330\207\302\346)k\010\0262\302\235w\240\022\rx\014Q\200\265\324\024\036\2245\214\334\2259X\003\251\034\005Q#\214\336\357\270\366\330\341\300\245d\204\304Y)\004\362\274\247\021M\374\036\010\345\033I\316KF\347\254\363\263\333\263\231\32734\322w\262bl,U\334\347\271\016\300\230C\231\013d\014d\236B\032k\236R\007F\212k\262\neT`,&K\336\231U&\234M\"\014H\334j\310w\214<\223:\214\321(\3201\366\267n\034\271\376R\315\243\237S&\356s\367\276\322h\354V\212\270\023\353\372\306\0171\317\232\357\031\205H\323dl\241\247&{\352\355\005K\303\307\330^1\246\3776\315\232\355\3428|\305>c\263yPB\213\n\346i3\326\317\215\210\347\301\234\230~C\256L:\255\314u\322\030>L\047\365\231\315`Q\034\2058\240h8\312\271\236\203\346\345_\250b\241\300q\274P-\013b\177.\374\205\032iT\350c\266\3123a\235\315i3\221\266\207\373\302\010e;\013\235\027\232\276\214\262\017\216\013\354qq\230\032\337L6\355O\263DM\273\224T\001\207\376\337\047\0257\212\356\364v\374@e\231\315\034\005\263F\027\016\373\0365\375\303l\323F\\\347\350\217\323\010\216\221\037\022\200vi\243\313\002<\330+\276\364\342\313\202G\017\227$\021\244\314\354\377\355\236^\t\331NZ\323KW\047\217\313\375\223\315\351r{\362\256\274\033\205\353\023U\036M\3337\313V\271Z\356\227X\255G\355\215\311\321\311\346/:B\271Q\335:\331\374}y\351J{\322\245\353\372\264\275\022\335?\224\211\345S)\253\0475\237._#k\342\271Vm\324\267\353\365F\363\243zTo\325\341\264{\032~""\256G\353r\325\232\203n\315!k$&\335\313:q~.\363j\273nE\226\372\375)\345\363\373\316\322\225\225\230p\3431.}u7z\\\255\356\023l\265\336o\364)\271\310\223\216v\2659m\307\002\272\004\277W\355Oo\256\226\237\253\342\2645Me=\217\276\177\000\177)\rp";
+    PyObject *data = __Pyx_DecompressString(cstring, 782, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1032 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\311m:\002\345 _ \004\007\001vt<\255A;\001qual\035\005\365%L\265\016\217Fexo\001\256`_Q\005\261st\010\323\016\250@es\256@_\377is_corou\357tine\273`asy\337ncio.\013\006sc\365l\027\000_\273\000trac\037eback\332\205\002\336\205\003\273b\374\277c\371#iditem\371s\303\205\r\316amembe\377rshippop\375rj\000onlyre\257fsel\001\000t\343dv\277aluesw\266Bw\347eak\036\000\311`64_\177t (PyOb\326\205\001\237 *)\000d\253\000\225\002o\355f\013\022sp\356 of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360""\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230AVa\006\240!k\007\014\321\0014@\000\377#\230Q\330\020\024\220K_\230y\250\001\330\346\0027L\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1032, 1399);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1027 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\311m:\002\345 _ \004\007\001vt<\255A;\001qual\035\005\365%L\265\016\217Fexo\001\256`_Q\005\261st\010\323\016\250@es\256@_\377is_corou\357tine\273`asy\337ncio.\013\006sc\365l\027\000_\273\000trac\037eback\332\205\002\336\205\003\273b\374\277c\371#iditem\371s\303\205\r\316amembe\377rshippop\375rj\000onlyre\257fsel\001\000t\343dv\277aluesw\266Bw\347eak\036\000\311`64_\177t (PyOb\326\205\001\237 *)\000d\253\000\225\002o\355f\013\022sp\356 of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360""\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230A\353\330\014\275\0014,\000#\230Q\377\330\020\024\220K\230y\250\013\001\330\322\00278\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1027, 1379);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1399 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020""\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1379 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12941,22 +13018,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 393};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 442};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 445};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 450};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

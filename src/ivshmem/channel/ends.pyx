@@ -311,7 +311,8 @@ cdef class ChannelEnd(Dependent):
         code = self.begin_sleep()
         self.membership.flush()
         if code == 0:
-            self.end_sleep()
+            if not self.sleeper().asleep:  # else those still sleep
+                self.end_sleep()
             return self.attempt()
         return code
 
@@ -332,12 +333,16 @@ cdef class ChannelEnd(Dependent):
             self.wakeup = Wakeup(self.membership)
         if not self.watched:
             self.watched = True
-            self.awaited += 1
-            self.membership.watch(1)
-            self.membership.hurry()
+            self.begin_watch()
             if self.arm() == 0:
                 self.membership.kick_all()
         return self.wakeup.epoll.epfd
+
+    cdef int begin_watch(self) except -1:
+        """Let each beat wake who watches the descriptor."""
+        self.awaited += 1
+        self.membership.watch(1)
+        return self.membership.hurry()
 
     cdef object fail(self, int code):
         return self.membership.fail(code, &self.channel, self.name)
