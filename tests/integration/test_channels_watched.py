@@ -157,6 +157,73 @@ def test_who_watches_a_descriptor_wakes(pair: Pair, what: str) -> None:
     assert found == case.expected
 
 
+# -- connections, at which a program may wait for room and for bytes ------------------------------
+
+
+def send_now(pair: Pair) -> Any:
+    return pair.stream.send(b"a")
+
+
+def recv_now(pair: Pair) -> Any:
+    return pair.stream.recv(8)
+
+
+@pytest.fixture
+def full(pair: Pair) -> Pair:
+    """The connection's one end can send nothing, and does not wait."""
+    pair.fill(pair.stream)
+    pair.stream.settimeout(0)
+    return pair
+
+
+def refill(pair: Pair) -> None:
+    pair.fill(pair.stream)
+    pair.stream.settimeout(0)
+
+
+def test_a_watcher_that_waits_for_room(full: Pair) -> None:
+    """It leaves unread what has come, and hears of the room alone."""
+    full.accepted.send(b"unread")
+    watched = full.stream.fileno()
+    for _ in range(3):
+        quiet(watched, send_now, full)
+        full.accepted.recv(64)
+        assert is_readable(watched, PATIENCE)
+        assert full.stream.send(bytes(64)) > 0
+        refill(full)
+    assert full.stream.recv(8) == b"unread"
+
+
+@pytest.mark.parametrize("first", ["send", "receive"])
+@pytest.mark.parametrize("comes", ["room", "bytes"])
+def test_a_watcher_that_waits_for_both(full: Pair, first: str, comes: str) -> None:
+    """Whichever it tried last, it hears of the other, also of what came before it tried."""
+    watched = full.stream.fileno()
+    calls = [send_now, recv_now] if first == "send" else [recv_now, send_now]
+    for early in (True, False):
+        for call in calls:
+            assert now(call, full) == NOTHING
+        if early:  # between the two
+            assert now(calls[0], full) == NOTHING
+        full.accepted.recv(64) if comes == "room" else full.accepted.send(b"b")
+        if early and (comes == "room") == (first == "send"):
+            assert now(calls[1], full) == NOTHING
+        assert is_readable(watched, PATIENCE)
+        if comes == "room":
+            assert full.stream.send(bytes(64)) == 64
+        else:
+            assert full.stream.recv(8) == b"b"
+
+
+@pytest.mark.parametrize("place", ["rings"], indirect=True)
+def test_what_a_watcher_leaves_does_not_keep_it_busy(full: Pair) -> None:
+    """It received before, and now wants room: it hears once of what came since."""
+    watched = full.stream.fileno()
+    assert now(recv_now, full) == NOTHING
+    full.accepted.send(b"unread")
+    quiet(watched, send_now, full)
+
+
 # -- calls under way, which share the slot of their caller ----------------------------------------
 
 
@@ -273,6 +340,7 @@ def test_an_end_that_is_closed_is_not_polled(place: Place, what: str) -> None:
     case.fill(place.pair)
     end = case.end(place.pair)
     end.fileno()
-    of_end = next(each for each in (place.one, place.two) if polls(each))
+    both = (place.one, place.two)
+    of_end = until(lambda: next((each for each in both if polls(each)), None), "a look")
     end.close()
     until(lambda: not polls(of_end), "rest")

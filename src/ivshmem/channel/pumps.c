@@ -2693,6 +2693,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
   struct ivshmem_stream stream;
   PyObject *timeout;
   int aborting;
+  int tried;
   int partly;
   int moving[2];
 };

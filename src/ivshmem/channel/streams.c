@@ -2748,6 +2748,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
   struct ivshmem_stream stream;
   PyObject *timeout;
   int aborting;
+  int tried;
   int partly;
   int moving[2];
 };
@@ -2767,7 +2768,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":485
+/* "ivshmem/channel/streams.pyx":509
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -4477,6 +4478,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
@@ -9588,7 +9591,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int give_up(self) except -1:
+ *     cdef int arm(self) except? -2:
 */
   {
 
@@ -9616,6 +9619,217 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 /* "ivshmem/channel/streams.pyx":283
  *         return 0
  * 
+ *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
+ *         """Sleep as one that watches the descriptor does; whether something can be done after all.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+  int __pyx_v_found;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/streams.pyx":290
+ *         """
+ *         cdef int found
+ *         self.check_there()             # <<<<<<<<<<<<<<
+ *         self.wakeup.clear()
+ *         ivshmem_stream_sleep(&self.stream)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.check_there(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":291
+ *         cdef int found
+ *         self.check_there()
+ *         self.wakeup.clear()             # <<<<<<<<<<<<<<
+ *         ivshmem_stream_sleep(&self.stream)
+ *         self.membership.flush()
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_base.wakeup->__pyx_vtab)->clear(__pyx_v_self->__pyx_base.wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":292
+ *         self.check_there()
+ *         self.wakeup.clear()
+ *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
+ *         self.membership.flush()
+ *         found = look_both(&self.stream)
+*/
+  ivshmem_stream_sleep((&__pyx_v_self->stream));
+
+  /* "ivshmem/channel/streams.pyx":293
+ *         self.wakeup.clear()
+ *         ivshmem_stream_sleep(&self.stream)
+ *         self.membership.flush()             # <<<<<<<<<<<<<<
+ *         found = look_both(&self.stream)
+ *         if found < 0:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":294
+ *         ivshmem_stream_sleep(&self.stream)
+ *         self.membership.flush()
+ *         found = look_both(&self.stream)             # <<<<<<<<<<<<<<
+ *         if found < 0:
+ *             return found
+*/
+  __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both((&__pyx_v_self->stream));
+
+  /* "ivshmem/channel/streams.pyx":295
+ *         self.membership.flush()
+ *         found = look_both(&self.stream)
+ *         if found < 0:             # <<<<<<<<<<<<<<
+ *             return found
+ *         found &= self.tried
+*/
+  __pyx_t_2 = (__pyx_v_found < 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":296
+ *         found = look_both(&self.stream)
+ *         if found < 0:
+ *             return found             # <<<<<<<<<<<<<<
+ *         found &= self.tried
+ *         self.tried &= ~found
+*/
+    {
+
+      __pyx_r = __pyx_v_found;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/streams.pyx":295
+ *         self.membership.flush()
+ *         found = look_both(&self.stream)
+ *         if found < 0:             # <<<<<<<<<<<<<<
+ *             return found
+ *         found &= self.tried
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":297
+ *         if found < 0:
+ *             return found
+ *         found &= self.tried             # <<<<<<<<<<<<<<
+ *         self.tried &= ~found
+ *         return 0 if found else IVSHMEM_AGAIN
+*/
+  __pyx_v_found = (__pyx_v_found & __pyx_v_self->tried);
+
+  /* "ivshmem/channel/streams.pyx":298
+ *             return found
+ *         found &= self.tried
+ *         self.tried &= ~found             # <<<<<<<<<<<<<<
+ *         return 0 if found else IVSHMEM_AGAIN
+ * 
+*/
+  __pyx_v_self->tried = (__pyx_v_self->tried & (~__pyx_v_found));
+
+  /* "ivshmem/channel/streams.pyx":299
+ *         found &= self.tried
+ *         self.tried &= ~found
+ *         return 0 if found else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_watch(self) except -1:
+*/
+  __pyx_t_2 = (__pyx_v_found != 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = 0;
+  } else {
+
+    __pyx_t_1 = IVSHMEM_AGAIN;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":283
+ *         return 0
+ * 
+ *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
+ *         """Sleep as one that watches the descriptor does; whether something can be done after all.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.arm", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":301
+ *         return 0 if found else IVSHMEM_AGAIN
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.tried |= 1 << RECEIVE
+ *         return ChannelEnd.begin_watch(self)
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/streams.pyx":302
+ * 
+ *     cdef int begin_watch(self) except -1:
+ *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
+ *         return ChannelEnd.begin_watch(self)
+ * 
+*/
+  __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
+
+  /* "ivshmem/channel/streams.pyx":303
+ *     cdef int begin_watch(self) except -1:
+ *         self.tried |= 1 << RECEIVE
+ *         return ChannelEnd.begin_watch(self)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int give_up(self) except -1:
+*/
+  __pyx_t_1 = __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd->begin_watch(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":301
+ *         return 0 if found else IVSHMEM_AGAIN
+ * 
+ *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.tried |= 1 << RECEIVE
+ *         return ChannelEnd.begin_watch(self)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.begin_watch", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":305
+ *         return ChannelEnd.begin_watch(self)
+ * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.aborting:
  *             ivshmem_stream_abort(&self.stream)
@@ -9624,7 +9838,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":284
+  /* "ivshmem/channel/streams.pyx":306
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9633,7 +9847,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   if (__pyx_v_self->aborting) {
 
-    /* "ivshmem/channel/streams.pyx":285
+    /* "ivshmem/channel/streams.pyx":307
  *     cdef int give_up(self) except -1:
  *         if self.aborting:
  *             ivshmem_stream_abort(&self.stream)             # <<<<<<<<<<<<<<
@@ -9642,7 +9856,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
     ivshmem_stream_abort((&__pyx_v_self->stream));
 
-    /* "ivshmem/channel/streams.pyx":284
+    /* "ivshmem/channel/streams.pyx":306
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -9652,7 +9866,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":287
+  /* "ivshmem/channel/streams.pyx":309
  *             ivshmem_stream_abort(&self.stream)
  *         else:
  *             ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9664,7 +9878,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":288
+  /* "ivshmem/channel/streams.pyx":310
  *         else:
  *             ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9677,8 +9891,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":283
- *         return 0
+  /* "ivshmem/channel/streams.pyx":305
+ *         return ChannelEnd.begin_watch(self)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.aborting:
@@ -9691,7 +9905,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":290
+/* "ivshmem/channel/streams.pyx":312
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9760,7 +9974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":298
+        /* "ivshmem/channel/streams.pyx":320
  *         be called twice, and after `close`.
  *         """
  *         self.aborting = True             # <<<<<<<<<<<<<<
@@ -9769,7 +9983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
 */
         __pyx_v_self->aborting = 1;
 
-        /* "ivshmem/channel/streams.pyx":299
+        /* "ivshmem/channel/streams.pyx":321
  *         """
  *         self.aborting = True
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9783,13 +9997,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 321, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       }
 
-      /* "ivshmem/channel/streams.pyx":290
+      /* "ivshmem/channel/streams.pyx":312
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9825,7 +10039,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":303
+/* "ivshmem/channel/streams.pyx":325
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9873,32 +10087,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 325, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 325, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 303, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 325, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 325, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9937,7 +10151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":305
+  /* "ivshmem/channel/streams.pyx":327
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9954,7 +10168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 305, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9973,10 +10187,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 305, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9985,7 +10199,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":306
+    /* "ivshmem/channel/streams.pyx":328
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9993,7 +10207,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -10007,7 +10221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 328, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -10016,14 +10230,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 306, __pyx_L1_error)
+    __PYX_ERR(0, 328, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":305
+    /* "ivshmem/channel/streams.pyx":327
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -10032,7 +10246,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":307
+  /* "ivshmem/channel/streams.pyx":329
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -10044,7 +10258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":303
+  /* "ivshmem/channel/streams.pyx":325
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10068,7 +10282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":309
+/* "ivshmem/channel/streams.pyx":331
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10124,7 +10338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":311
+  /* "ivshmem/channel/streams.pyx":333
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -10142,7 +10356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":309
+  /* "ivshmem/channel/streams.pyx":331
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10157,7 +10371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":313
+/* "ivshmem/channel/streams.pyx":335
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10205,32 +10419,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 313, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 335, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 335, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 313, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 335, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 313, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 335, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 313, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 335, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 313, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 335, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10261,14 +10475,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":315
+  /* "ivshmem/channel/streams.pyx":337
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 315, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 337, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -10282,7 +10496,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":313
+  /* "ivshmem/channel/streams.pyx":335
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10303,7 +10517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":317
+/* "ivshmem/channel/streams.pyx":339
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10335,12 +10549,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":320
+  /* "ivshmem/channel/streams.pyx":342
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
- *             if self.watched:
- *                 self.arm()
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:
+ *                 self.membership.kick_all()
 */
   __pyx_t_2 = (__pyx_v_timeout != Py_None);
   if (__pyx_t_2) {
@@ -10351,7 +10565,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 342, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -10359,43 +10573,58 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":321
+    /* "ivshmem/channel/streams.pyx":343
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
- *             if self.watched:             # <<<<<<<<<<<<<<
- *                 self.arm()
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
 */
     if (__pyx_v_self->__pyx_base.watched) {
+    } else {
 
-      /* "ivshmem/channel/streams.pyx":322
+      __pyx_t_1 = __pyx_v_self->__pyx_base.watched;
+      goto __pyx_L7_bool_binop_done;
+    }
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 343, __pyx_L1_error)
+    __pyx_t_2 = (__pyx_t_3 != IVSHMEM_AGAIN);
+
+
+
+    __pyx_t_1 = __pyx_t_2;
+
+    __pyx_L7_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/streams.pyx":344
  *         if timeout is not None and timeout == 0:
- *             if self.watched:
- *                 self.arm()             # <<<<<<<<<<<<<<
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:
+ *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 322, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":321
+      /* "ivshmem/channel/streams.pyx":343
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
- *             if self.watched:             # <<<<<<<<<<<<<<
- *                 self.arm()
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":323
- *             if self.watched:
- *                 self.arm()
+    /* "ivshmem/channel/streams.pyx":345
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:
+ *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -10409,7 +10638,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 323, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -10418,24 +10647,24 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 345, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 323, __pyx_L1_error)
+    __PYX_ERR(0, 345, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":320
+    /* "ivshmem/channel/streams.pyx":342
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
- *             if self.watched:
- *                 self.arm()
+ *             if self.watched and self.arm() != IVSHMEM_AGAIN:
+ *                 self.membership.kick_all()
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":324
- *                 self.arm()
+  /* "ivshmem/channel/streams.pyx":346
+ *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
  *         half = self.half(direction)
@@ -10449,7 +10678,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10468,18 +10697,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 324, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -10497,29 +10726,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":325
+  /* "ivshmem/channel/streams.pyx":347
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":326
+  /* "ivshmem/channel/streams.pyx":348
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 348, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":327
+  /* "ivshmem/channel/streams.pyx":349
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10531,7 +10760,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":328
+    /* "ivshmem/channel/streams.pyx":350
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -10539,9 +10768,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 350, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 350, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10557,7 +10786,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 328, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 350, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10567,14 +10796,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 328, __pyx_L1_error)
+    __PYX_ERR(0, 350, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":349
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10583,7 +10812,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":329
+  /* "ivshmem/channel/streams.pyx":351
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10595,20 +10824,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":330
+    /* "ivshmem/channel/streams.pyx":352
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 352, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 330, __pyx_L1_error)
+    __PYX_ERR(0, 352, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":329
+    /* "ivshmem/channel/streams.pyx":351
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10617,7 +10846,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":331
+  /* "ivshmem/channel/streams.pyx":353
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10630,7 +10859,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":317
+  /* "ivshmem/channel/streams.pyx":339
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10656,7 +10885,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":333
+/* "ivshmem/channel/streams.pyx":355
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10704,32 +10933,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 333, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 355, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 355, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 333, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 355, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 333, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 355, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 333, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 355, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 333, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 355, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10782,17 +11011,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":344
+        /* "ivshmem/channel/streams.pyx":366
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":345
+        /* "ivshmem/channel/streams.pyx":367
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10801,7 +11030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":346
+          /* "ivshmem/channel/streams.pyx":368
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10813,7 +11042,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":347
+            /* "ivshmem/channel/streams.pyx":369
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10832,7 +11061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":346
+            /* "ivshmem/channel/streams.pyx":368
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10841,7 +11070,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":348
+          /* "ivshmem/channel/streams.pyx":370
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10853,7 +11082,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":349
+          /* "ivshmem/channel/streams.pyx":371
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10861,7 +11090,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 371, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10880,12 +11109,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 371, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 349, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 371, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 371, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10901,7 +11130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":351
+        /* "ivshmem/channel/streams.pyx":373
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10952,7 +11181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":333
+      /* "ivshmem/channel/streams.pyx":355
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10994,7 +11223,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":353
+/* "ivshmem/channel/streams.pyx":375
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11018,45 +11247,54 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":357
+  /* "ivshmem/channel/streams.pyx":379
  *     ) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
+ *         self.tried |= 1 << SEND
  *         while True:
- *             self.enter()
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":358
+  /* "ivshmem/channel/streams.pyx":380
  *         cdef int64_t n
  *         cdef uint64_t done = 0
+ *         self.tried |= 1 << SEND             # <<<<<<<<<<<<<<
+ *         while True:
+ *             self.enter()
+*/
+  __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
+
+  /* "ivshmem/channel/streams.pyx":381
+ *         cdef uint64_t done = 0
+ *         self.tried |= 1 << SEND
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.check_alone(SEND)
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":359
- *         cdef uint64_t done = 0
+    /* "ivshmem/channel/streams.pyx":382
+ *         self.tried |= 1 << SEND
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":360
+    /* "ivshmem/channel/streams.pyx":383
  *         while True:
  *             self.enter()
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":361
+    /* "ivshmem/channel/streams.pyx":384
  *             self.enter()
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -11080,7 +11318,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), (__pyx_v_data + __pyx_v_done), __pyx_t_4);
 
 
-    /* "ivshmem/channel/streams.pyx":362
+    /* "ivshmem/channel/streams.pyx":385
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11092,17 +11330,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":363
+      /* "ivshmem/channel/streams.pyx":386
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 386, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":362
+      /* "ivshmem/channel/streams.pyx":385
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11111,7 +11349,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":364
+    /* "ivshmem/channel/streams.pyx":387
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11123,7 +11361,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":365
+      /* "ivshmem/channel/streams.pyx":388
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -11132,7 +11370,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":366
+      /* "ivshmem/channel/streams.pyx":389
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11144,7 +11382,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/streams.pyx":367
+        /* "ivshmem/channel/streams.pyx":390
  *                 done += <uint64_t>n
  *                 if done == size:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -11157,7 +11395,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":366
+        /* "ivshmem/channel/streams.pyx":389
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11166,7 +11404,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":368
+      /* "ivshmem/channel/streams.pyx":391
  *                 if done == size:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -11175,7 +11413,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":364
+      /* "ivshmem/channel/streams.pyx":387
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11184,7 +11422,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":369
+    /* "ivshmem/channel/streams.pyx":392
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11196,7 +11434,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":370
+      /* "ivshmem/channel/streams.pyx":393
  *                 continue
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -11209,7 +11447,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":369
+      /* "ivshmem/channel/streams.pyx":392
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11218,7 +11456,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":371
+    /* "ivshmem/channel/streams.pyx":394
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11230,20 +11468,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":372
+      /* "ivshmem/channel/streams.pyx":395
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 395, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 372, __pyx_L1_error)
+      __PYX_ERR(0, 395, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":371
+      /* "ivshmem/channel/streams.pyx":394
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11252,7 +11490,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":373
+    /* "ivshmem/channel/streams.pyx":396
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11264,20 +11502,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":374
+      /* "ivshmem/channel/streams.pyx":397
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 374, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 397, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 374, __pyx_L1_error)
+      __PYX_ERR(0, 397, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":373
+      /* "ivshmem/channel/streams.pyx":396
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11286,19 +11524,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":375
+    /* "ivshmem/channel/streams.pyx":398
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object broken(self, int direction):
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":353
+  /* "ivshmem/channel/streams.pyx":375
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11321,7 +11559,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":377
+/* "ivshmem/channel/streams.pyx":400
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11346,7 +11584,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("broken", 0);
 
-  /* "ivshmem/channel/streams.pyx":379
+  /* "ivshmem/channel/streams.pyx":402
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11358,7 +11596,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":380
+    /* "ivshmem/channel/streams.pyx":403
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:
  *             return BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -11367,14 +11605,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/streams.pyx":381
+    /* "ivshmem/channel/streams.pyx":404
  *         if direction == SEND:
  *             return BrokenPipeError(
  *                 32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11388,7 +11626,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11397,7 +11635,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -11411,7 +11649,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":379
+    /* "ivshmem/channel/streams.pyx":402
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -11420,7 +11658,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":383
+  /* "ivshmem/channel/streams.pyx":406
  *                 32, f"connection of {self.name!r}: the other end receives no more"
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")             # <<<<<<<<<<<<<<
@@ -11428,7 +11666,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
  *     cdef int check_alone(self, int direction) except -1:
 */
   __pyx_t_8 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11442,7 +11680,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
+  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_9 = 1;
@@ -11451,7 +11689,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 383, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -11465,7 +11703,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":377
+  /* "ivshmem/channel/streams.pyx":400
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -11487,7 +11725,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":385
+/* "ivshmem/channel/streams.pyx":408
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11514,7 +11752,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_alone", 0);
 
-  /* "ivshmem/channel/streams.pyx":386
+  /* "ivshmem/channel/streams.pyx":409
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11523,7 +11761,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   if (unlikely((__pyx_v_self->moving[__pyx_v_direction]))) {
 
-    /* "ivshmem/channel/streams.pyx":387
+    /* "ivshmem/channel/streams.pyx":410
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"             # <<<<<<<<<<<<<<
@@ -11543,7 +11781,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_v_verb = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":388
+    /* "ivshmem/channel/streams.pyx":411
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")             # <<<<<<<<<<<<<<
@@ -11551,9 +11789,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
  * 
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_6[1] = __pyx_t_4;
@@ -11569,7 +11807,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 388, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11579,14 +11817,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 411, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":386
+    /* "ivshmem/channel/streams.pyx":409
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -11595,7 +11833,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":389
+  /* "ivshmem/channel/streams.pyx":412
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
  *         return 0             # <<<<<<<<<<<<<<
@@ -11608,7 +11846,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":385
+  /* "ivshmem/channel/streams.pyx":408
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -11632,7 +11870,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":391
+/* "ivshmem/channel/streams.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11680,32 +11918,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 391, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 414, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 391, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 391, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 414, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 391, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 414, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 391, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 391, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 414, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11760,7 +11998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":398
+        /* "ivshmem/channel/streams.pyx":421
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11769,17 +12007,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":399
+        /* "ivshmem/channel/streams.pyx":422
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":400
+        /* "ivshmem/channel/streams.pyx":423
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11788,7 +12026,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":401
+          /* "ivshmem/channel/streams.pyx":424
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -11800,7 +12038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":402
+          /* "ivshmem/channel/streams.pyx":425
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11808,7 +12046,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 402, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 425, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -11827,13 +12065,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 402, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":403
+          /* "ivshmem/channel/streams.pyx":426
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -11846,20 +12084,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":404
+            /* "ivshmem/channel/streams.pyx":427
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 404, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 427, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":408
+        /* "ivshmem/channel/streams.pyx":431
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11907,7 +12145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":391
+      /* "ivshmem/channel/streams.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11948,7 +12186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":410
+/* "ivshmem/channel/streams.pyx":433
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11977,24 +12215,24 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":412
+  /* "ivshmem/channel/streams.pyx":435
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
- *         while True:
+ *         self.tried |= 1 << RECEIVE
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":436
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *         self.tried |= 1 << RECEIVE
  *         while True:
- *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -12013,42 +12251,51 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 436, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":414
+  /* "ivshmem/channel/streams.pyx":437
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)
+ *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
+ *         while True:
+ *             self.enter()
+*/
+  __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
+
+  /* "ivshmem/channel/streams.pyx":438
+ *         deadline = deadline_of(timeout)
+ *         self.tried |= 1 << RECEIVE
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.check_alone(RECEIVE)
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":415
- *         deadline = deadline_of(timeout)
+    /* "ivshmem/channel/streams.pyx":439
+ *         self.tried |= 1 << RECEIVE
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":416
+    /* "ivshmem/channel/streams.pyx":440
  *         while True:
  *             self.enter()
  *             self.check_alone(RECEIVE)             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":417
+    /* "ivshmem/channel/streams.pyx":441
  *             self.enter()
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -12072,7 +12319,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), (__pyx_v_into + __pyx_v_done), __pyx_t_8);
 
 
-    /* "ivshmem/channel/streams.pyx":418
+    /* "ivshmem/channel/streams.pyx":442
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12084,17 +12331,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":419
+      /* "ivshmem/channel/streams.pyx":443
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":418
+      /* "ivshmem/channel/streams.pyx":442
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12103,7 +12350,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":420
+    /* "ivshmem/channel/streams.pyx":444
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12115,7 +12362,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":421
+      /* "ivshmem/channel/streams.pyx":445
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -12124,7 +12371,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":422
+      /* "ivshmem/channel/streams.pyx":446
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12136,7 +12383,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/streams.pyx":423
+        /* "ivshmem/channel/streams.pyx":447
  *                 done += <uint64_t>n
  *                 if done == room:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -12149,7 +12396,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":422
+        /* "ivshmem/channel/streams.pyx":446
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12158,7 +12405,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":424
+      /* "ivshmem/channel/streams.pyx":448
  *                 if done == room:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -12167,7 +12414,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":420
+      /* "ivshmem/channel/streams.pyx":444
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12176,7 +12423,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":425
+    /* "ivshmem/channel/streams.pyx":449
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12202,7 +12449,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":426
+      /* "ivshmem/channel/streams.pyx":450
  *                 continue
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -12215,7 +12462,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":425
+      /* "ivshmem/channel/streams.pyx":449
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12224,7 +12471,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":427
+    /* "ivshmem/channel/streams.pyx":451
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12236,20 +12483,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":428
+      /* "ivshmem/channel/streams.pyx":452
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 452, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 428, __pyx_L1_error)
+      __PYX_ERR(0, 452, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":427
+      /* "ivshmem/channel/streams.pyx":451
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12258,7 +12505,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":429
+    /* "ivshmem/channel/streams.pyx":453
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12270,20 +12517,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":430
+      /* "ivshmem/channel/streams.pyx":454
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 430, __pyx_L1_error)
+      __PYX_ERR(0, 454, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":429
+      /* "ivshmem/channel/streams.pyx":453
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12292,19 +12539,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":431
+    /* "ivshmem/channel/streams.pyx":455
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 455, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":410
+  /* "ivshmem/channel/streams.pyx":433
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -12330,7 +12577,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":433
+/* "ivshmem/channel/streams.pyx":457
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12378,32 +12625,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 433, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 457, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 433, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 457, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 433, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 457, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 458, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 433, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 457, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12443,7 +12690,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":441
+        /* "ivshmem/channel/streams.pyx":465
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -12452,7 +12699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 441, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 465, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -12468,7 +12715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":433
+      /* "ivshmem/channel/streams.pyx":457
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12507,7 +12754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":443
+/* "ivshmem/channel/streams.pyx":467
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12538,7 +12785,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":446
+  /* "ivshmem/channel/streams.pyx":470
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12550,7 +12797,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":447
+    /* "ivshmem/channel/streams.pyx":471
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -12558,7 +12805,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -12569,7 +12816,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 447, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -12578,14 +12825,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 471, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 447, __pyx_L1_error)
+    __PYX_ERR(0, 471, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":446
+    /* "ivshmem/channel/streams.pyx":470
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -12594,7 +12841,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":448
+  /* "ivshmem/channel/streams.pyx":472
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -12618,7 +12865,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":449
+  /* "ivshmem/channel/streams.pyx":473
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12630,7 +12877,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":450
+    /* "ivshmem/channel/streams.pyx":474
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -12648,7 +12895,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":449
+    /* "ivshmem/channel/streams.pyx":473
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -12657,29 +12904,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":475
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 475, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":452
+  /* "ivshmem/channel/streams.pyx":476
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 452, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 476, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":453
+  /* "ivshmem/channel/streams.pyx":477
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -12694,9 +12941,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 453, __pyx_L1_error)
+      __PYX_ERR(0, 477, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 453, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 477, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -12713,7 +12960,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":443
+  /* "ivshmem/channel/streams.pyx":467
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -12738,7 +12985,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":455
+/* "ivshmem/channel/streams.pyx":479
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12787,48 +13034,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 455, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 479, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 455, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 479, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 455, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 479, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 456, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 455, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 479, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12887,17 +13134,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":467
+        /* "ivshmem/channel/streams.pyx":491
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 491, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":468
+        /* "ivshmem/channel/streams.pyx":492
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12906,7 +13153,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":469
+          /* "ivshmem/channel/streams.pyx":493
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -12925,7 +13172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":470
+          /* "ivshmem/channel/streams.pyx":494
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12942,7 +13189,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":471
+            /* "ivshmem/channel/streams.pyx":495
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -12950,9 +13197,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 471, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -12963,7 +13210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 471, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 495, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -12973,14 +13220,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 471, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 495, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 471, __pyx_L7_error)
+            __PYX_ERR(0, 495, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":470
+            /* "ivshmem/channel/streams.pyx":494
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12989,7 +13236,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":472
+          /* "ivshmem/channel/streams.pyx":496
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -13001,9 +13248,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 472, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 496, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 472, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 496, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -13026,7 +13273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":474
+        /* "ivshmem/channel/streams.pyx":498
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13079,7 +13326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":455
+      /* "ivshmem/channel/streams.pyx":479
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13123,7 +13370,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":476
+/* "ivshmem/channel/streams.pyx":500
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13172,46 +13419,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 476, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 500, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 500, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 500, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 476, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 500, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 476, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 500, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 476, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 500, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 500, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 500, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 476, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 500, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13245,25 +13492,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":478
+  /* "ivshmem/channel/streams.pyx":502
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 478, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 502, __pyx_L1_error);
   __pyx_t_3 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 502, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -13279,7 +13526,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":476
+  /* "ivshmem/channel/streams.pyx":500
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13301,7 +13548,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":480
+/* "ivshmem/channel/streams.pyx":504
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13349,32 +13596,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 504, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 504, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 480, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 504, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 504, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 504, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13413,15 +13660,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":483
+        /* "ivshmem/channel/streams.pyx":507
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 483, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 507, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -13437,7 +13684,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":480
+      /* "ivshmem/channel/streams.pyx":504
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13476,7 +13723,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":485
+/* "ivshmem/channel/streams.pyx":509
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13525,35 +13772,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 485, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 509, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 485, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 509, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 485, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 509, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 485, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 509, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 485, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 509, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 485, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 509, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 485, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 509, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13564,7 +13811,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 485, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 509, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13597,7 +13844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 485, __pyx_L1_error)
+    __PYX_ERR(0, 509, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -13611,7 +13858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 485, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 509, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -13655,17 +13902,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 485, __pyx_L1_error)
+    __PYX_ERR(0, 509, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":490
+  /* "ivshmem/channel/streams.pyx":514
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 514, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -13675,15 +13922,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 490, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 514, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":491
+  /* "ivshmem/channel/streams.pyx":515
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
@@ -13691,27 +13938,27 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
  *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 515, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":492
+    /* "ivshmem/channel/streams.pyx":516
  *         view = memoryview(data).cast("B")
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 492, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 492, __pyx_L1_error)
+    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 492, __pyx_L1_error);
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 492, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 516, __pyx_L1_error);
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -13727,21 +13974,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 492, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 516, __pyx_L1_error)
       __pyx_t_6 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_6);
     } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_6 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 492, __pyx_L1_error)
+      __PYX_ERR(0, 516, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/streams.pyx":493
+    /* "ivshmem/channel/streams.pyx":517
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
@@ -13755,12 +14002,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
 
       __pyx_t_8 = 0;
     } else {
-      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 493, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 517, __pyx_L1_error)
       __pyx_t_8 = __pyx_t_9;
     }
 
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 493, __pyx_L1_error)
+    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 517, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -13770,7 +14017,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":485
+  /* "ivshmem/channel/streams.pyx":509
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13801,7 +14048,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":495
+/* "ivshmem/channel/streams.pyx":519
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13849,32 +14096,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 495, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 519, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 495, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 519, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 495, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 519, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 495, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 495, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 519, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13922,17 +14169,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":499
+        /* "ivshmem/channel/streams.pyx":523
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":500
+        /* "ivshmem/channel/streams.pyx":524
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13941,15 +14188,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":501
+          /* "ivshmem/channel/streams.pyx":525
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 501, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 525, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 525, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -13965,7 +14212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":503
+        /* "ivshmem/channel/streams.pyx":527
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14014,7 +14261,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":495
+      /* "ivshmem/channel/streams.pyx":519
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14053,7 +14300,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":507
+/* "ivshmem/channel/streams.pyx":531
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14087,7 +14334,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move", 0);
 
-  /* "ivshmem/channel/streams.pyx":517
+  /* "ivshmem/channel/streams.pyx":541
  *         cdef iovec vector[2]
  *         cdef int64_t n, found
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14096,7 +14343,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/channel/streams.pyx":518
+  /* "ivshmem/channel/streams.pyx":542
  *         cdef int64_t n, found
  *         cdef int code = 0
  *         self.partly = False             # <<<<<<<<<<<<<<
@@ -14105,27 +14352,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = 0;
 
-  /* "ivshmem/channel/streams.pyx":519
+  /* "ivshmem/channel/streams.pyx":543
  *         cdef int code = 0
  *         self.partly = False
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.check_alone(direction)
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":520
+  /* "ivshmem/channel/streams.pyx":544
  *         self.partly = False
  *         self.enter()
  *         self.check_alone(direction)             # <<<<<<<<<<<<<<
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 520, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":521
+  /* "ivshmem/channel/streams.pyx":545
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14137,7 +14384,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":522
+    /* "ivshmem/channel/streams.pyx":546
  *         self.check_alone(direction)
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14146,7 +14393,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
 
-    /* "ivshmem/channel/streams.pyx":521
+    /* "ivshmem/channel/streams.pyx":545
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14156,7 +14403,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":524
+  /* "ivshmem/channel/streams.pyx":548
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14168,7 +14415,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":525
+  /* "ivshmem/channel/streams.pyx":549
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14180,7 +14427,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":526
+    /* "ivshmem/channel/streams.pyx":550
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14192,7 +14439,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       case IVSHMEM_AGAIN:
       case IVSHMEM_CLOSED:
 
-      /* "ivshmem/channel/streams.pyx":527
+      /* "ivshmem/channel/streams.pyx":551
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n             # <<<<<<<<<<<<<<
@@ -14205,7 +14452,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":526
+      /* "ivshmem/channel/streams.pyx":550
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14216,20 +14463,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       default: break;
     }
 
-    /* "ivshmem/channel/streams.pyx":528
+    /* "ivshmem/channel/streams.pyx":552
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n
  *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 528, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 528, __pyx_L1_error)
+    __PYX_ERR(0, 552, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":525
+    /* "ivshmem/channel/streams.pyx":549
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14238,7 +14485,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":529
+  /* "ivshmem/channel/streams.pyx":553
  *                 return n
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
@@ -14249,7 +14496,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":530
+  /* "ivshmem/channel/streams.pyx":554
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
@@ -14260,7 +14507,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[0]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":531
+  /* "ivshmem/channel/streams.pyx":555
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
@@ -14271,7 +14518,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":532
+  /* "ivshmem/channel/streams.pyx":556
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
@@ -14282,7 +14529,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
   (__pyx_v_vector[1]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":533
+  /* "ivshmem/channel/streams.pyx":557
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size
  *         found = n             # <<<<<<<<<<<<<<
@@ -14291,17 +14538,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_found = __pyx_v_n;
 
-  /* "ivshmem/channel/streams.pyx":534
+  /* "ivshmem/channel/streams.pyx":558
  *         vector[1].iov_len = pieces.second_size
  *         found = n
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         self.moving[direction] = True
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":535
+  /* "ivshmem/channel/streams.pyx":559
  *         found = n
  *         self.begin_copy()
  *         self.moving[direction] = True             # <<<<<<<<<<<<<<
@@ -14310,7 +14557,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   (__pyx_v_self->moving[__pyx_v_direction]) = 1;
 
-  /* "ivshmem/channel/streams.pyx":536
+  /* "ivshmem/channel/streams.pyx":560
  *         self.begin_copy()
  *         self.moving[direction] = True
  *         try:             # <<<<<<<<<<<<<<
@@ -14319,7 +14566,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":537
+    /* "ivshmem/channel/streams.pyx":561
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14332,7 +14579,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":538
+          /* "ivshmem/channel/streams.pyx":562
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14344,7 +14591,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":539
+            /* "ivshmem/channel/streams.pyx":563
  *             with nogil:
  *                 if direction == SEND:
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14364,7 +14611,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
 
 
-            /* "ivshmem/channel/streams.pyx":538
+            /* "ivshmem/channel/streams.pyx":562
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14374,7 +14621,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
             goto __pyx_L11;
           }
 
-          /* "ivshmem/channel/streams.pyx":541
+          /* "ivshmem/channel/streams.pyx":565
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -14397,7 +14644,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
           __pyx_L11:;
 
-          /* "ivshmem/channel/streams.pyx":542
+          /* "ivshmem/channel/streams.pyx":566
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14409,7 +14656,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":543
+            /* "ivshmem/channel/streams.pyx":567
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -14418,7 +14665,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
             __pyx_v_code = errno;
 
-            /* "ivshmem/channel/streams.pyx":542
+            /* "ivshmem/channel/streams.pyx":566
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -14428,7 +14675,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":537
+        /* "ivshmem/channel/streams.pyx":561
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -14446,7 +14693,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":545
+  /* "ivshmem/channel/streams.pyx":569
  *                     code = errno
  *         finally:
  *             self.moving[direction] = False             # <<<<<<<<<<<<<<
@@ -14457,21 +14704,21 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     /*normal exit:*/{
       (__pyx_v_self->moving[__pyx_v_direction]) = 0;
 
-      /* "ivshmem/channel/streams.pyx":546
+      /* "ivshmem/channel/streams.pyx":570
  *         finally:
  *             self.moving[direction] = False
  *             self.end_copy()             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if code == EAGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 546, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 570, __pyx_L1_error)
 
       goto __pyx_L7;
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/streams.pyx":547
+  /* "ivshmem/channel/streams.pyx":571
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14483,7 +14730,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":548
+    /* "ivshmem/channel/streams.pyx":572
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14495,7 +14742,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":549
+      /* "ivshmem/channel/streams.pyx":573
  *         if n < 0:
  *             if code == EAGAIN:
  *                 return FD_WAITS             # <<<<<<<<<<<<<<
@@ -14508,7 +14755,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":548
+      /* "ivshmem/channel/streams.pyx":572
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -14517,7 +14764,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":550
+    /* "ivshmem/channel/streams.pyx":574
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14529,30 +14776,30 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":551
+      /* "ivshmem/channel/streams.pyx":575
  *                 return FD_WAITS
  *             if code == EINTR:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 575, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":552
+      /* "ivshmem/channel/streams.pyx":576
  *             if code == EINTR:
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)             # <<<<<<<<<<<<<<
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 552, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 576, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_6;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":550
+      /* "ivshmem/channel/streams.pyx":574
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -14561,7 +14808,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":553
+    /* "ivshmem/channel/streams.pyx":577
  *                 PyErr_CheckSignals()
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
@@ -14569,15 +14816,15 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
  *         self.partly = n < found
 */
     __pyx_t_7 = NULL;
-    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_13 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14597,12 +14844,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 553, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 577, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_13 = 1;
@@ -14613,14 +14860,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 553, __pyx_L1_error)
+    __PYX_ERR(0, 577, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":547
+    /* "ivshmem/channel/streams.pyx":571
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -14629,17 +14876,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":554
+  /* "ivshmem/channel/streams.pyx":578
  *                 return self.move(direction, fd, most)
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
  *         self.partly = n < found
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 554, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 578, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":555
+  /* "ivshmem/channel/streams.pyx":579
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found             # <<<<<<<<<<<<<<
@@ -14648,7 +14895,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
 
-  /* "ivshmem/channel/streams.pyx":556
+  /* "ivshmem/channel/streams.pyx":580
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14660,7 +14907,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":557
+    /* "ivshmem/channel/streams.pyx":581
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14672,7 +14919,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":558
+      /* "ivshmem/channel/streams.pyx":582
  *         if direction == SEND:
  *             if n:
  *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14681,7 +14928,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
       ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
 
-      /* "ivshmem/channel/streams.pyx":557
+      /* "ivshmem/channel/streams.pyx":581
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -14690,7 +14937,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":556
+    /* "ivshmem/channel/streams.pyx":580
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14700,7 +14947,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
     goto __pyx_L16;
   }
 
-  /* "ivshmem/channel/streams.pyx":560
+  /* "ivshmem/channel/streams.pyx":584
  *                 ivshmem_send_end(&self.stream, n)
  *         else:
  *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -14712,7 +14959,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   __pyx_L16:;
 
-  /* "ivshmem/channel/streams.pyx":561
+  /* "ivshmem/channel/streams.pyx":585
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14724,17 +14971,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":562
+    /* "ivshmem/channel/streams.pyx":586
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 562, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 586, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":561
+    /* "ivshmem/channel/streams.pyx":585
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -14743,7 +14990,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":563
+  /* "ivshmem/channel/streams.pyx":587
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return n             # <<<<<<<<<<<<<<
@@ -14756,7 +15003,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":507
+  /* "ivshmem/channel/streams.pyx":531
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14786,7 +15033,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":565
+/* "ivshmem/channel/streams.pyx":589
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -14819,7 +15066,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_in_time", 0);
 
-  /* "ivshmem/channel/streams.pyx":567
+  /* "ivshmem/channel/streams.pyx":591
  *     cdef object move_in_time(self, int direction, object fd, object size):
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
@@ -14828,7 +15075,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 567, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 591, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
     __pyx_t_5 = __pyx_v_fd;
@@ -14838,17 +15085,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 567, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 591, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 567, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 591, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/channel/streams.pyx":568
+  /* "ivshmem/channel/streams.pyx":592
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
@@ -14857,7 +15104,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_most = UINT64_MAX;
 
-  /* "ivshmem/channel/streams.pyx":569
+  /* "ivshmem/channel/streams.pyx":593
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -14868,18 +15115,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":570
+    /* "ivshmem/channel/streams.pyx":594
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
 */
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 594, __pyx_L1_error)
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":571
+      /* "ivshmem/channel/streams.pyx":595
  *         if size is not None:
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
@@ -14887,7 +15134,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             if most == 0:
 */
       __pyx_t_5 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 571, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 595, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
       __pyx_t_8[1] = __pyx_t_7;
@@ -14901,7 +15148,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 571, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 595, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -14910,14 +15157,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 595, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 571, __pyx_L1_error)
+      __PYX_ERR(0, 595, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":570
+      /* "ivshmem/channel/streams.pyx":594
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
@@ -14926,17 +15173,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":572
+    /* "ivshmem/channel/streams.pyx":596
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size             # <<<<<<<<<<<<<<
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
 */
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
     __pyx_v_most = __pyx_t_11;
 
-    /* "ivshmem/channel/streams.pyx":573
+    /* "ivshmem/channel/streams.pyx":597
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -14948,7 +15195,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":574
+      /* "ivshmem/channel/streams.pyx":598
  *             most = size
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
@@ -14961,14 +15208,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 574, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 574, __pyx_L1_error)
+      __PYX_ERR(0, 598, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":573
+      /* "ivshmem/channel/streams.pyx":597
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -14977,7 +15224,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":569
+    /* "ivshmem/channel/streams.pyx":593
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -14986,27 +15233,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":575
+  /* "ivshmem/channel/streams.pyx":599
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
- *         while True:
+ *         self.tried |= 1 << direction
 */
   __pyx_t_4 = __pyx_v_self->timeout;
   __Pyx_INCREF(__pyx_t_4);
   __pyx_v_timeout = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":576
+  /* "ivshmem/channel/streams.pyx":600
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *         self.tried |= 1 << direction
  *         while True:
- *             n = self.move(direction, number, most)
 */
   __pyx_t_10 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 576, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 600, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15025,32 +15272,41 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 576, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 600, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __pyx_v_deadline = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":577
+  /* "ivshmem/channel/streams.pyx":601
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)
+ *         self.tried |= 1 << direction             # <<<<<<<<<<<<<<
+ *         while True:
+ *             n = self.move(direction, number, most)
+*/
+  __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_v_direction));
+
+  /* "ivshmem/channel/streams.pyx":602
+ *         deadline = deadline_of(timeout)
+ *         self.tried |= 1 << direction
  *         while True:             # <<<<<<<<<<<<<<
  *             n = self.move(direction, number, most)
  *             if n >= 0:
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":578
- *         deadline = deadline_of(timeout)
+    /* "ivshmem/channel/streams.pyx":603
+ *         self.tried |= 1 << direction
  *         while True:
  *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 603, __pyx_L1_error)
     __pyx_v_n = __pyx_t_12;
 
-    /* "ivshmem/channel/streams.pyx":579
+    /* "ivshmem/channel/streams.pyx":604
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15062,14 +15318,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":580
+      /* "ivshmem/channel/streams.pyx":605
  *             n = self.move(direction, number, most)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == FD_WAITS:
  *                 return None
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 580, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15082,7 +15338,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":579
+      /* "ivshmem/channel/streams.pyx":604
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15091,7 +15347,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":581
+    /* "ivshmem/channel/streams.pyx":606
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15103,7 +15359,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":582
+      /* "ivshmem/channel/streams.pyx":607
  *                 return n
  *             if n == FD_WAITS:
  *                 return None             # <<<<<<<<<<<<<<
@@ -15120,7 +15376,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":581
+      /* "ivshmem/channel/streams.pyx":606
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15129,7 +15385,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":583
+    /* "ivshmem/channel/streams.pyx":608
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15141,20 +15397,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":584
+      /* "ivshmem/channel/streams.pyx":609
  *                 return None
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
  *             self.await_half(direction, timeout, deadline)
  * 
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 584, __pyx_L1_error)
+      __PYX_ERR(0, 609, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":583
+      /* "ivshmem/channel/streams.pyx":608
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15163,18 +15419,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":585
+    /* "ivshmem/channel/streams.pyx":610
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)
  *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 610, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":565
+  /* "ivshmem/channel/streams.pyx":589
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15203,7 +15459,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":587
+/* "ivshmem/channel/streams.pyx":612
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15252,24 +15508,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 612, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 612, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 612, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 612, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":588
+      /* "ivshmem/channel/streams.pyx":613
  * 
  *     @cython.critical_section
  *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15278,17 +15534,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 587, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 612, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 612, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 612, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15299,7 +15555,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 612, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15312,7 +15568,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":587
+  /* "ivshmem/channel/streams.pyx":612
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15345,14 +15601,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":607
+        /* "ivshmem/channel/streams.pyx":632
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 607, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 632, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15367,7 +15623,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":587
+      /* "ivshmem/channel/streams.pyx":612
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15405,7 +15661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":609
+/* "ivshmem/channel/streams.pyx":634
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15454,24 +15710,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 634, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 634, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 634, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":610
+      /* "ivshmem/channel/streams.pyx":635
  * 
  *     @cython.critical_section
  *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -15480,17 +15736,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 609, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 634, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 634, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15501,7 +15757,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 634, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15514,7 +15770,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":609
+  /* "ivshmem/channel/streams.pyx":634
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15547,14 +15803,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":629
+        /* "ivshmem/channel/streams.pyx":654
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 629, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -15569,7 +15825,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":609
+      /* "ivshmem/channel/streams.pyx":634
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15607,7 +15863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":631
+/* "ivshmem/channel/streams.pyx":656
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15676,24 +15932,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":634
+        /* "ivshmem/channel/streams.pyx":659
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 634, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":635
+        /* "ivshmem/channel/streams.pyx":660
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()
  *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 635, __pyx_L4_error)
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 660, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -15708,7 +15964,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":631
+      /* "ivshmem/channel/streams.pyx":656
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15746,7 +16002,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":637
+/* "ivshmem/channel/streams.pyx":662
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15794,32 +16050,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 637, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 662, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 662, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 637, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 662, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 637, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 662, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 662, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 638, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 663, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 637, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 662, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15866,7 +16122,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":646
+        /* "ivshmem/channel/streams.pyx":671
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -15883,7 +16139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":647
+          /* "ivshmem/channel/streams.pyx":672
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -15891,7 +16147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
  *         if how != 0:
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 647, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 672, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -15902,7 +16158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 647, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 672, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -15911,14 +16167,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 647, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 672, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 647, __pyx_L4_error)
+          __PYX_ERR(0, 672, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":646
+          /* "ivshmem/channel/streams.pyx":671
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -15927,17 +16183,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":648
+        /* "ivshmem/channel/streams.pyx":673
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if how != 0:
  *             self.check_alone(SEND)
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 648, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 673, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":649
+        /* "ivshmem/channel/streams.pyx":674
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -15949,17 +16205,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/streams.pyx":650
+          /* "ivshmem/channel/streams.pyx":675
  *         self.enter()
  *         if how != 0:
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 650, __pyx_L4_error)
+          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 675, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":649
+          /* "ivshmem/channel/streams.pyx":674
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -15968,7 +16224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":651
+        /* "ivshmem/channel/streams.pyx":676
  *         if how != 0:
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -15977,18 +16233,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":652
+        /* "ivshmem/channel/streams.pyx":677
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 652, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 677, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":637
+      /* "ivshmem/channel/streams.pyx":662
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16026,7 +16282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":654
+/* "ivshmem/channel/streams.pyx":679
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16078,22 +16334,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 654, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 679, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 654, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 679, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -16103,11 +16359,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 679, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16126,7 +16382,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 654, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 679, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16160,15 +16416,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":656
+  /* "ivshmem/channel/streams.pyx":681
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16188,7 +16444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 656, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 681, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16202,7 +16458,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":654
+  /* "ivshmem/channel/streams.pyx":679
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -17359,6 +17615,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_give_up;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.begin_watch = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_arm;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.take_over = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *))__pyx_f_7ivshmem_7channel_7streams_6Stream_take_over;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.begin = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.half = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_half;
@@ -17470,14 +17728,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 509, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 485, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 509, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -18346,264 +18604,264 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":290
+  /* "ivshmem/channel/streams.pyx":312
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def abort(self):
  *         """Close at once, so that the other end sees a reset instead of an end.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":303
+  /* "ivshmem/channel/streams.pyx":325
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":309
+  /* "ivshmem/channel/streams.pyx":331
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":313
+  /* "ivshmem/channel/streams.pyx":335
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":333
+  /* "ivshmem/channel/streams.pyx":355
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":391
+  /* "ivshmem/channel/streams.pyx":414
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":433
+  /* "ivshmem/channel/streams.pyx":457
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":455
+  /* "ivshmem/channel/streams.pyx":479
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":476
+  /* "ivshmem/channel/streams.pyx":500
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 476, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 476, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":480
+  /* "ivshmem/channel/streams.pyx":504
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 504, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 504, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":485
+  /* "ivshmem/channel/streams.pyx":509
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 485, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":495
+  /* "ivshmem/channel/streams.pyx":519
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 495, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":587
+  /* "ivshmem/channel/streams.pyx":612
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def read_from(self, fd, size=None):
  *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 612, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 612, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":609
+  /* "ivshmem/channel/streams.pyx":634
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def write_to(self, fd, size=None):
  *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":631
+  /* "ivshmem/channel/streams.pyx":656
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 656, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":637
+  /* "ivshmem/channel/streams.pyx":662
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 637, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 637, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":654
+  /* "ivshmem/channel/streams.pyx":679
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 654, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 654, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 654, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 654, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 654, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 679, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 679, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 679, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -18611,7 +18869,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 654, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18722,7 +18980,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":455
+  /* "ivshmem/channel/streams.pyx":479
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -18731,12 +18989,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 455, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 479, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":654
+  /* "ivshmem/channel/streams.pyx":679
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -18745,7 +19003,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 654, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 679, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -18933,7 +19191,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 485};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 509};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -18973,82 +19231,82 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_abort, __pyx_mstate->__pyx_kp_b_iso88591_A_L_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 325};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 331};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 335};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 333};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 355};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 414};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 457};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 455};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 479};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 476};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 500};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 504};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 495};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 519};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 612};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 609};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 634};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 631};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 656};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 637};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 662};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 654};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 679};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }

@@ -23,6 +23,7 @@ cdef class Stream(ChannelEnd):
     cdef ivshmem_stream stream
     cdef object timeout
     cdef bint aborting
+    cdef int tried  # directions in which a call looked since a watcher was told of them
     cdef bint partly  # the last move was of fewer bytes than the ring could take or give
     cdef bint moving[2]  # a call lets the kernel copy, without the GIL
 

@@ -280,6 +280,28 @@ cdef class Stream(ChannelEnd):
             self.membership.kick_all()
         return 0
 
+    cdef int arm(self) except? -2:
+        """Sleep as one that watches the descriptor does; whether something can be done after all.
+
+        A program that waits for room may leave unread what came, and one that waits for bytes has
+        no use for room. So it is told only of directions in which it called since it was told last.
+        """
+        cdef int found
+        self.check_there()
+        self.wakeup.clear()
+        ivshmem_stream_sleep(&self.stream)
+        self.membership.flush()
+        found = look_both(&self.stream)
+        if found < 0:
+            return found
+        found &= self.tried
+        self.tried &= ~found
+        return 0 if found else IVSHMEM_AGAIN
+
+    cdef int begin_watch(self) except -1:
+        self.tried |= 1 << RECEIVE
+        return ChannelEnd.begin_watch(self)
+
     cdef int give_up(self) except -1:
         if self.aborting:
             ivshmem_stream_abort(&self.stream)
@@ -318,8 +340,8 @@ cdef class Stream(ChannelEnd):
         cdef int code
         cdef ChannelEnd half
         if timeout is not None and timeout == 0:
-            if self.watched:
-                self.arm()
+            if self.watched and self.arm() != IVSHMEM_AGAIN:
+                self.membership.kick_all()
             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
         left = None if deadline is None else max(deadline - monotonic(), 0)
         half = self.half(direction)
@@ -355,6 +377,7 @@ cdef class Stream(ChannelEnd):
     ) except -1:
         cdef int64_t n
         cdef uint64_t done = 0
+        self.tried |= 1 << SEND
         while True:
             self.enter()
             self.check_alone(SEND)
@@ -411,6 +434,7 @@ cdef class Stream(ChannelEnd):
         cdef int64_t n
         cdef uint64_t done = 0
         deadline = deadline_of(timeout)
+        self.tried |= 1 << RECEIVE
         while True:
             self.enter()
             self.check_alone(RECEIVE)
@@ -574,6 +598,7 @@ cdef class Stream(ChannelEnd):
                 raise ValueError("0 bytes: it would look like the end")
         timeout = self.timeout
         deadline = deadline_of(timeout)
+        self.tried |= 1 << direction
         while True:
             n = self.move(direction, number, most)
             if n >= 0:
