@@ -554,6 +554,36 @@ def test_names_and_types(channels: Channels) -> None:
     assert channels.list() == []
 
 
+def test_a_name_that_is_taken(region: Region, channels: Channels) -> None:
+    """The error says by whom, as far as the memory tells."""
+
+    def error() -> str:
+        with pytest.raises(channel.ChannelExists) as raised:
+            channels.create_queue("a", limit=8)
+        return str(raised.value)
+
+    with channel.open(region, name="maker\x1b[2J") as maker:
+        place = next(each for each in channels.places() if "maker" in each.name)
+        made = maker.create_messages("a", limit=8)
+        with maker.create_messages("b", limit=8).writer():
+            assert error() == (
+                f"there is a channel 'a' already, made by place {place.place} (process"
+                f" {os.getpid()}, 'maker\\\\x1b[2J')"
+            )
+    assert made.name == "a"
+    with channel.open(region, name="user") as user:
+        place = next(each for each in channels.places() if each.name == "user")
+        with user.open("a", "messages").reader():  # type: ignore[attr-defined]
+            assert error() == (
+                "there is a channel 'a' already, made by a process that has left, used by place"
+                f" {place.place} (process {os.getpid()}, 'user')"
+            )
+    assert error() == (
+        "there is a channel 'a' already, made by a process that has left, used by nobody:"
+        " `ivshmem channel rm a` removes it"
+    )
+
+
 def test_a_channel_in_use_is_not_removed(channels: Channels) -> None:
     messages = channels.create_messages("a", limit=8)
     with messages.reader() as reader:

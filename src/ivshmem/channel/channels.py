@@ -151,7 +151,7 @@ class Channels(Uncopied):
                 type or geometry.
 
         Raises:
-            ChannelExists: there is a channel of that name.
+            ChannelExists: there is a channel of that name; the message says who made and uses it.
             ChannelError: there is no room for it.
             ChannelTypeError: a type that is not allowed; with `exist_ok`: another one is there.
             ValueError: a name or a number that is not allowed.

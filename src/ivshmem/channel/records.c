@@ -2254,7 +2254,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "ivshmem/channel/records.pyx":36
+/* "ivshmem/channel/records.pyx":37
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2540,7 +2540,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ivshmem/channel/records.pyx":117
+/* "ivshmem/channel/records.pyx":146
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2553,7 +2553,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 };
 
 
-/* "ivshmem/channel/records.pyx":124
+/* "ivshmem/channel/records.pyx":153
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -2573,7 +2573,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
 };
 
 
-/* "ivshmem/channel/records.pyx":169
+/* "ivshmem/channel/records.pyx":203
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2586,7 +2586,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":220
+/* "ivshmem/channel/records.pyx":254
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -3478,6 +3478,9 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_float_int(PyObject *op1,
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
+
 /* JoinPyUnicode.proto */
 #define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
     (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
@@ -3572,6 +3575,58 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t val
 
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop);
+
+/* GetItemInt.proto */
+#define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    __Pyx_GetItemInt_Generic(o, to_py_func(i)))
+#define __Pyx_GetItemInt_List(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_List_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "list index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+#define __Pyx_GetItemInt_Tuple(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Tuple_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "tuple index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared);
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_object_str(PyObject *op1, PyObject *op2, int pyop);
+
+/* PyDictContains.proto */
+static CYTHON_INLINE int __Pyx_PyDict_ContainsTF(PyObject* item, PyObject* dict, int eq) {
+    int result = PyDict_Contains(dict, item);
+    return unlikely(result < 0) ? result : (result == (eq == Py_EQ));
+}
+
+/* pyfrozenset_new.proto (used by py_set_discard_unhashable) */
+static PyObject* __Pyx_PyFrozenSet_New(PyObject* it);
+
+/* py_set_discard.proto */
+static CYTHON_INLINE int __Pyx_PySet_Discard(PyObject *set, PyObject *key);
+
+/* PySequenceContains.proto */
+static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* seq, int eq) {
+    int result = PySequence_Contains(seq, item);
+    return unlikely(result < 0) ? result : (result == (eq == Py_EQ));
+}
 
 /* PyObjectCallMethod0.proto (used by dict_iter_common) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
@@ -3677,9 +3732,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
-
-/* PyObjectCompare.proto */
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop);
 
 /* PyLongBinop.proto */
 #if !CYTHON_COMPILING_IN_PYPY
@@ -4280,7 +4332,9 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name;
 static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number;
 static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(PyObject *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *, struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4447,7 +4501,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[141];
+    PyObject *__pyx_string_tab[155];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4525,147 +4579,161 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u__2 __pyx_string_tab[0]
-#define __pyx_kp_u_already __pyx_string_tab[1]
-#define __pyx_kp_u_are_free_in_one_piece_or_all __pyx_string_tab[2]
-#define __pyx_kp_u_at_most __pyx_string_tab[3]
-#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[4]
-#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[5]
-#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[6]
+#define __pyx_kp_u__4 __pyx_string_tab[0]
+#define __pyx_kp_u_process __pyx_string_tab[1]
+#define __pyx_kp_u_already __pyx_string_tab[2]
+#define __pyx_kp_u_are_free_in_one_piece_or_all __pyx_string_tab[3]
+#define __pyx_kp_u_at_most __pyx_string_tab[4]
+#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[5]
+#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[6]
 #define __pyx_kp_u__3 __pyx_string_tab[7]
-#define __pyx_kp_u_a_geometry_that_is_not_allowed __pyx_string_tab[8]
-#define __pyx_kp_u_it_takes __pyx_string_tab[9]
-#define __pyx_kp_u_ __pyx_string_tab[10]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[11]
-#define __pyx_kp_u_add_note __pyx_string_tab[12]
-#define __pyx_kp_u_channel __pyx_string_tab[13]
-#define __pyx_kp_u_disable __pyx_string_tab[14]
-#define __pyx_kp_u_enable __pyx_string_tab[15]
-#define __pyx_kp_u_gc __pyx_string_tab[16]
-#define __pyx_kp_u_isenabled __pyx_string_tab[17]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[19]
-#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[20]
-#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[21]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[22]
-#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[23]
-#define __pyx_n_u_ChannelError __pyx_string_tab[24]
-#define __pyx_n_u_ChannelExists __pyx_string_tab[25]
-#define __pyx_n_u_KINDS __pyx_string_tab[26]
-#define __pyx_n_u_NAME_BYTES __pyx_string_tab[27]
-#define __pyx_n_u_NoSuchChannel __pyx_string_tab[28]
-#define __pyx_n_u_OPTIONS __pyx_string_tab[29]
-#define __pyx_n_u_OVERFLOW __pyx_string_tab[30]
-#define __pyx_n_u_RegionError __pyx_string_tab[31]
-#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[32]
-#define __pyx_n_u_NAMES __pyx_string_tab[33]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[34]
-#define __pyx_n_u_annotate __pyx_string_tab[35]
-#define __pyx_n_u_func __pyx_string_tab[36]
-#define __pyx_n_u_main __pyx_string_tab[37]
-#define __pyx_n_u_module __pyx_string_tab[38]
-#define __pyx_n_u_name_2 __pyx_string_tab[39]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[40]
-#define __pyx_n_u_qualname __pyx_string_tab[41]
-#define __pyx_n_u_test __pyx_string_tab[42]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[43]
-#define __pyx_n_u_append __pyx_string_tab[44]
-#define __pyx_n_u_area __pyx_string_tab[45]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[46]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[47]
-#define __pyx_n_u_bit __pyx_string_tab[48]
-#define __pyx_n_u_block __pyx_string_tab[49]
-#define __pyx_n_u_bytes __pyx_string_tab[50]
-#define __pyx_n_u_calls __pyx_string_tab[51]
-#define __pyx_n_u_channel_2 __pyx_string_tab[52]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[53]
-#define __pyx_n_u_close __pyx_string_tab[54]
-#define __pyx_n_u_closing __pyx_string_tab[55]
-#define __pyx_n_u_code __pyx_string_tab[56]
-#define __pyx_n_u_connections __pyx_string_tab[57]
-#define __pyx_n_u_create __pyx_string_tab[58]
-#define __pyx_n_u_created __pyx_string_tab[59]
-#define __pyx_n_u_decode __pyx_string_tab[60]
-#define __pyx_n_u_discard __pyx_string_tab[61]
-#define __pyx_n_u_encode __pyx_string_tab[62]
-#define __pyx_n_u_encoded __pyx_string_tab[63]
-#define __pyx_n_u_errors __pyx_string_tab[64]
-#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[65]
-#define __pyx_n_u_find __pyx_string_tab[66]
-#define __pyx_n_u_force __pyx_string_tab[67]
-#define __pyx_n_u_format_size __pyx_string_tab[68]
-#define __pyx_n_u_found __pyx_string_tab[69]
-#define __pyx_n_u_free __pyx_string_tab[70]
-#define __pyx_n_u_g __pyx_string_tab[71]
-#define __pyx_n_u_genexpr __pyx_string_tab[72]
-#define __pyx_n_u_geometry __pyx_string_tab[73]
-#define __pyx_n_u_get __pyx_string_tab[74]
-#define __pyx_n_u_gone __pyx_string_tab[75]
-#define __pyx_n_u_i __pyx_string_tab[76]
-#define __pyx_n_u_index __pyx_string_tab[77]
-#define __pyx_n_u_items __pyx_string_tab[78]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[79]
-#define __pyx_n_u_kind __pyx_string_tab[80]
-#define __pyx_n_u_layout __pyx_string_tab[81]
-#define __pyx_n_u_limit __pyx_string_tab[82]
-#define __pyx_n_u_listing __pyx_string_tab[83]
-#define __pyx_n_u_loans __pyx_string_tab[84]
-#define __pyx_n_u_membership __pyx_string_tab[85]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[86]
-#define __pyx_n_u_messages __pyx_string_tab[87]
-#define __pyx_n_u_most __pyx_string_tab[88]
-#define __pyx_n_u_n __pyx_string_tab[89]
-#define __pyx_n_u_name __pyx_string_tab[90]
-#define __pyx_n_u_next __pyx_string_tab[91]
-#define __pyx_n_u_open __pyx_string_tab[92]
-#define __pyx_n_u_options __pyx_string_tab[93]
-#define __pyx_n_u_overflow __pyx_string_tab[94]
-#define __pyx_n_u_overwrite __pyx_string_tab[95]
-#define __pyx_n_u_padded __pyx_string_tab[96]
-#define __pyx_n_u_pop __pyx_string_tab[97]
-#define __pyx_n_u_published __pyx_string_tab[98]
-#define __pyx_n_u_queue __pyx_string_tab[99]
-#define __pyx_n_u_readers __pyx_string_tab[100]
-#define __pyx_n_u_reading __pyx_string_tab[101]
-#define __pyx_n_u_record __pyx_string_tab[102]
-#define __pyx_n_u_remove __pyx_string_tab[103]
-#define __pyx_n_u_replace __pyx_string_tab[104]
-#define __pyx_n_u_ring_always __pyx_string_tab[105]
-#define __pyx_n_u_room __pyx_string_tab[106]
-#define __pyx_n_u_send __pyx_string_tab[107]
-#define __pyx_n_u_setdefault __pyx_string_tab[108]
-#define __pyx_n_u_silent __pyx_string_tab[109]
-#define __pyx_n_u_size __pyx_string_tab[110]
-#define __pyx_n_u_size_of __pyx_string_tab[111]
-#define __pyx_n_u_sleep __pyx_string_tab[112]
-#define __pyx_n_u_slots __pyx_string_tab[113]
-#define __pyx_n_u_state __pyx_string_tab[114]
-#define __pyx_n_u_taken __pyx_string_tab[115]
-#define __pyx_n_u_text __pyx_string_tab[116]
-#define __pyx_n_u_throw __pyx_string_tab[117]
-#define __pyx_n_u_time __pyx_string_tab[118]
-#define __pyx_n_u_time_ns __pyx_string_tab[119]
-#define __pyx_n_u_times __pyx_string_tab[120]
-#define __pyx_n_u_tries __pyx_string_tab[121]
-#define __pyx_n_u_type __pyx_string_tab[122]
-#define __pyx_n_u_unfinished __pyx_string_tab[123]
-#define __pyx_n_u_unit __pyx_string_tab[124]
-#define __pyx_n_u_units __pyx_string_tab[125]
-#define __pyx_n_u_update __pyx_string_tab[126]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[127]
-#define __pyx_n_u_value __pyx_string_tab[128]
-#define __pyx_n_u_values __pyx_string_tab[129]
-#define __pyx_n_u_views __pyx_string_tab[130]
-#define __pyx_n_u_writers __pyx_string_tab[131]
-#define __pyx_n_u_writing __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_WAWA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5 __pyx_string_tab[136]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[137]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[138]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[139]
-#define __pyx_kp_b_iso88591__4 __pyx_string_tab[140]
+#define __pyx_kp_u__2 __pyx_string_tab[8]
+#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[9]
+#define __pyx_kp_u_made_by __pyx_string_tab[10]
+#define __pyx_kp_u_used_by __pyx_string_tab[11]
+#define __pyx_kp_u_used_by_nobody_ivshmem_channel __pyx_string_tab[12]
+#define __pyx_kp_u_which_another_process_is_just_m __pyx_string_tab[13]
+#define __pyx_kp_u__5 __pyx_string_tab[14]
+#define __pyx_kp_u_a_geometry_that_is_not_allowed __pyx_string_tab[15]
+#define __pyx_kp_u_it_takes __pyx_string_tab[16]
+#define __pyx_kp_u_ __pyx_string_tab[17]
+#define __pyx_kp_u_None __pyx_string_tab[18]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[19]
+#define __pyx_kp_u_removes_it __pyx_string_tab[20]
+#define __pyx_kp_u_a_process_that_has_left __pyx_string_tab[21]
+#define __pyx_kp_u_add_note __pyx_string_tab[22]
+#define __pyx_kp_u_channel __pyx_string_tab[23]
+#define __pyx_kp_u_disable __pyx_string_tab[24]
+#define __pyx_kp_u_enable __pyx_string_tab[25]
+#define __pyx_kp_u_gc __pyx_string_tab[26]
+#define __pyx_kp_u_isenabled __pyx_string_tab[27]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[28]
+#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[29]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[30]
+#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[31]
+#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[32]
+#define __pyx_kp_u_place __pyx_string_tab[33]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[34]
+#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[35]
+#define __pyx_n_u_ChannelError __pyx_string_tab[36]
+#define __pyx_n_u_ChannelExists __pyx_string_tab[37]
+#define __pyx_n_u_KINDS __pyx_string_tab[38]
+#define __pyx_n_u_NAME_BYTES __pyx_string_tab[39]
+#define __pyx_n_u_NoSuchChannel __pyx_string_tab[40]
+#define __pyx_n_u_OPTIONS __pyx_string_tab[41]
+#define __pyx_n_u_OVERFLOW __pyx_string_tab[42]
+#define __pyx_n_u_RegionError __pyx_string_tab[43]
+#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[44]
+#define __pyx_n_u_NAMES __pyx_string_tab[45]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[46]
+#define __pyx_n_u_annotate __pyx_string_tab[47]
+#define __pyx_n_u_func __pyx_string_tab[48]
+#define __pyx_n_u_main __pyx_string_tab[49]
+#define __pyx_n_u_module __pyx_string_tab[50]
+#define __pyx_n_u_name_2 __pyx_string_tab[51]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[52]
+#define __pyx_n_u_qualname __pyx_string_tab[53]
+#define __pyx_n_u_test __pyx_string_tab[54]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[55]
+#define __pyx_n_u_append __pyx_string_tab[56]
+#define __pyx_n_u_area __pyx_string_tab[57]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[59]
+#define __pyx_n_u_bit __pyx_string_tab[60]
+#define __pyx_n_u_block __pyx_string_tab[61]
+#define __pyx_n_u_bytes __pyx_string_tab[62]
+#define __pyx_n_u_calls __pyx_string_tab[63]
+#define __pyx_n_u_channel_2 __pyx_string_tab[64]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[65]
+#define __pyx_n_u_close __pyx_string_tab[66]
+#define __pyx_n_u_closing __pyx_string_tab[67]
+#define __pyx_n_u_code __pyx_string_tab[68]
+#define __pyx_n_u_connections __pyx_string_tab[69]
+#define __pyx_n_u_create __pyx_string_tab[70]
+#define __pyx_n_u_created __pyx_string_tab[71]
+#define __pyx_n_u_decode __pyx_string_tab[72]
+#define __pyx_n_u_discard __pyx_string_tab[73]
+#define __pyx_n_u_encode __pyx_string_tab[74]
+#define __pyx_n_u_encoded __pyx_string_tab[75]
+#define __pyx_n_u_errors __pyx_string_tab[76]
+#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[77]
+#define __pyx_n_u_find __pyx_string_tab[78]
+#define __pyx_n_u_force __pyx_string_tab[79]
+#define __pyx_n_u_format_size __pyx_string_tab[80]
+#define __pyx_n_u_found __pyx_string_tab[81]
+#define __pyx_n_u_free __pyx_string_tab[82]
+#define __pyx_n_u_g __pyx_string_tab[83]
+#define __pyx_n_u_genexpr __pyx_string_tab[84]
+#define __pyx_n_u_geometry __pyx_string_tab[85]
+#define __pyx_n_u_get __pyx_string_tab[86]
+#define __pyx_n_u_gone __pyx_string_tab[87]
+#define __pyx_n_u_i __pyx_string_tab[88]
+#define __pyx_n_u_index __pyx_string_tab[89]
+#define __pyx_n_u_items __pyx_string_tab[90]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[91]
+#define __pyx_n_u_kind __pyx_string_tab[92]
+#define __pyx_n_u_layout __pyx_string_tab[93]
+#define __pyx_n_u_limit __pyx_string_tab[94]
+#define __pyx_n_u_listing __pyx_string_tab[95]
+#define __pyx_n_u_loans __pyx_string_tab[96]
+#define __pyx_n_u_membership __pyx_string_tab[97]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[98]
+#define __pyx_n_u_messages __pyx_string_tab[99]
+#define __pyx_n_u_most __pyx_string_tab[100]
+#define __pyx_n_u_n __pyx_string_tab[101]
+#define __pyx_n_u_name __pyx_string_tab[102]
+#define __pyx_n_u_next __pyx_string_tab[103]
+#define __pyx_n_u_open __pyx_string_tab[104]
+#define __pyx_n_u_options __pyx_string_tab[105]
+#define __pyx_n_u_overflow __pyx_string_tab[106]
+#define __pyx_n_u_overwrite __pyx_string_tab[107]
+#define __pyx_n_u_places __pyx_string_tab[108]
+#define __pyx_n_u_plain __pyx_string_tab[109]
+#define __pyx_n_u_pop __pyx_string_tab[110]
+#define __pyx_n_u_published __pyx_string_tab[111]
+#define __pyx_n_u_queue __pyx_string_tab[112]
+#define __pyx_n_u_quoted __pyx_string_tab[113]
+#define __pyx_n_u_readers __pyx_string_tab[114]
+#define __pyx_n_u_reading __pyx_string_tab[115]
+#define __pyx_n_u_record __pyx_string_tab[116]
+#define __pyx_n_u_remove __pyx_string_tab[117]
+#define __pyx_n_u_replace __pyx_string_tab[118]
+#define __pyx_n_u_ring_always __pyx_string_tab[119]
+#define __pyx_n_u_room __pyx_string_tab[120]
+#define __pyx_n_u_send __pyx_string_tab[121]
+#define __pyx_n_u_setdefault __pyx_string_tab[122]
+#define __pyx_n_u_silent __pyx_string_tab[123]
+#define __pyx_n_u_size __pyx_string_tab[124]
+#define __pyx_n_u_size_of __pyx_string_tab[125]
+#define __pyx_n_u_sleep __pyx_string_tab[126]
+#define __pyx_n_u_slots __pyx_string_tab[127]
+#define __pyx_n_u_state __pyx_string_tab[128]
+#define __pyx_n_u_taken __pyx_string_tab[129]
+#define __pyx_n_u_text __pyx_string_tab[130]
+#define __pyx_n_u_throw __pyx_string_tab[131]
+#define __pyx_n_u_time __pyx_string_tab[132]
+#define __pyx_n_u_time_ns __pyx_string_tab[133]
+#define __pyx_n_u_times __pyx_string_tab[134]
+#define __pyx_n_u_tries __pyx_string_tab[135]
+#define __pyx_n_u_type __pyx_string_tab[136]
+#define __pyx_n_u_unfinished __pyx_string_tab[137]
+#define __pyx_n_u_unit __pyx_string_tab[138]
+#define __pyx_n_u_units __pyx_string_tab[139]
+#define __pyx_n_u_update __pyx_string_tab[140]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[141]
+#define __pyx_n_u_value __pyx_string_tab[142]
+#define __pyx_n_u_values __pyx_string_tab[143]
+#define __pyx_n_u_views __pyx_string_tab[144]
+#define __pyx_n_u_writers __pyx_string_tab[145]
+#define __pyx_n_u_writing __pyx_string_tab[146]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[147]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_fA_vQa_uAQa_q __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[154]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4714,7 +4782,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<141; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<155; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4771,7 +4839,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<141; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<155; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5522,7 +5590,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/records.pyx":40
+/* "ivshmem/channel/records.pyx":41
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5542,7 +5610,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("geometry_of", 0);
 
-  /* "ivshmem/channel/records.pyx":42
+  /* "ivshmem/channel/records.pyx":43
  * cdef ivshmem_geometry geometry_of(dict wanted):
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]             # <<<<<<<<<<<<<<
@@ -5551,15 +5619,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 42, __pyx_L1_error)
+    __PYX_ERR(0, 43, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.kind = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":43
+  /* "ivshmem/channel/records.pyx":44
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]             # <<<<<<<<<<<<<<
@@ -5568,15 +5636,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 43, __pyx_L1_error)
+    __PYX_ERR(0, 44, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.overflow = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":44
+  /* "ivshmem/channel/records.pyx":45
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]             # <<<<<<<<<<<<<<
@@ -5585,15 +5653,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 44, __pyx_L1_error)
+    __PYX_ERR(0, 45, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.options = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":45
+  /* "ivshmem/channel/records.pyx":46
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]             # <<<<<<<<<<<<<<
@@ -5602,15 +5670,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 45, __pyx_L1_error)
+    __PYX_ERR(0, 46, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.writers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":46
+  /* "ivshmem/channel/records.pyx":47
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]             # <<<<<<<<<<<<<<
@@ -5619,15 +5687,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 46, __pyx_L1_error)
+    __PYX_ERR(0, 47, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.readers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":47
+  /* "ivshmem/channel/records.pyx":48
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]             # <<<<<<<<<<<<<<
@@ -5636,15 +5704,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 47, __pyx_L1_error)
+    __PYX_ERR(0, 48, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.slots = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":48
+  /* "ivshmem/channel/records.pyx":49
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]             # <<<<<<<<<<<<<<
@@ -5653,15 +5721,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.loans = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":49
+  /* "ivshmem/channel/records.pyx":50
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]             # <<<<<<<<<<<<<<
@@ -5670,15 +5738,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __PYX_ERR(0, 50, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.views = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":50
+  /* "ivshmem/channel/records.pyx":51
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]             # <<<<<<<<<<<<<<
@@ -5687,15 +5755,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 50, __pyx_L1_error)
+    __PYX_ERR(0, 51, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 51, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.limit = __pyx_t_3;
 
-  /* "ivshmem/channel/records.pyx":51
+  /* "ivshmem/channel/records.pyx":52
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]
  *     return g             # <<<<<<<<<<<<<<
@@ -5708,7 +5776,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":40
+  /* "ivshmem/channel/records.pyx":41
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5728,7 +5796,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":54
+/* "ivshmem/channel/records.pyx":55
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -5776,32 +5844,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_geometry,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 54, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 55, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 54, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 55, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 54, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 55, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
     }
     __pyx_v_geometry = ((PyObject*)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 54, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 55, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5812,7 +5880,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 54, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 55, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_size_of(__pyx_self, __pyx_v_geometry);
 
   /* function exit code */
@@ -5846,17 +5914,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("size_of", 0);
 
-  /* "ivshmem/channel/records.pyx":56
+  /* "ivshmem/channel/records.pyx":57
  * def size_of(dict geometry):
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 57, __pyx_L1_error)
   __pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":58
+  /* "ivshmem/channel/records.pyx":59
  *     cdef ivshmem_geometry g = geometry_of(geometry)
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size             # <<<<<<<<<<<<<<
@@ -5869,7 +5937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
     __Pyx_INCREF(Py_None);
     __pyx_t_2 = Py_None;
   } else {
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 58, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_2 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -5886,7 +5954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":54
+  /* "ivshmem/channel/records.pyx":55
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -5908,7 +5976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":61
+/* "ivshmem/channel/records.pyx":62
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5956,32 +6024,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 61, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 62, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 61, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 62, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 61, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 62, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 61, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 62, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 61, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 62, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 61, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 62, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5992,7 +6060,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 62, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_2room(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -6036,7 +6104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("room", 0);
 
-  /* "ivshmem/channel/records.pyx":63
+  /* "ivshmem/channel/records.pyx":64
  * def room(Membership membership not None):
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area             # <<<<<<<<<<<<<<
@@ -6045,7 +6113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
   __pyx_v_area = (&__pyx_v_membership->member.area);
 
-  /* "ivshmem/channel/records.pyx":64
+  /* "ivshmem/channel/records.pyx":65
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0             # <<<<<<<<<<<<<<
@@ -6055,17 +6123,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_v_free = 0;
   __pyx_v_most = 0;
 
-  /* "ivshmem/channel/records.pyx":65
+  /* "ivshmem/channel/records.pyx":66
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0
  *     membership.check()             # <<<<<<<<<<<<<<
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":66
+  /* "ivshmem/channel/records.pyx":67
  *     cdef uint32_t unit, free = 0, most = 0
  *     membership.check()
  *     for unit in range(area.units):             # <<<<<<<<<<<<<<
@@ -6079,7 +6147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_unit = __pyx_t_4;
 
-    /* "ivshmem/channel/records.pyx":67
+    /* "ivshmem/channel/records.pyx":68
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6091,7 +6159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/records.pyx":68
+      /* "ivshmem/channel/records.pyx":69
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1             # <<<<<<<<<<<<<<
@@ -6100,7 +6168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
       __pyx_v_free = (__pyx_v_free + 1);
 
-      /* "ivshmem/channel/records.pyx":69
+      /* "ivshmem/channel/records.pyx":70
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1
  *             most = max(most, free)             # <<<<<<<<<<<<<<
@@ -6124,7 +6192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       __pyx_v_most = __pyx_t_8;
 
 
-      /* "ivshmem/channel/records.pyx":67
+      /* "ivshmem/channel/records.pyx":68
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6134,7 +6202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/records.pyx":71
+    /* "ivshmem/channel/records.pyx":72
  *             most = max(most, free)
  *         else:
  *             free = 0             # <<<<<<<<<<<<<<
@@ -6148,27 +6216,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   }
 
 
-  /* "ivshmem/channel/records.pyx":72
+  /* "ivshmem/channel/records.pyx":73
  *         else:
  *             free = 0
  *     return area.unit, area.units, most             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_12 = PyTuple_New(3); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_12 = PyTuple_New(3); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_GIVEREF(__pyx_t_9);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_11);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
   __pyx_t_9 = 0;
   __pyx_t_10 = 0;
   __pyx_t_11 = 0;
@@ -6183,7 +6251,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_t_12 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":61
+  /* "ivshmem/channel/records.pyx":62
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -6209,7 +6277,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":75
+/* "ivshmem/channel/records.pyx":76
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -6225,7 +6293,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the number of its record.\n\n    Raises:\n        ChannelExists: there is one of that name.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the number of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_5create = {"create", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_5create, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_4create};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_5create(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6260,44 +6328,44 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_geometry,&__pyx_mstate_global->__pyx_n_u_text,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 75, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 75, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 76, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 76, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 76, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 76, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
@@ -6306,7 +6374,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 75, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6317,10 +6385,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 75, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_4create(__pyx_self, __pyx_v_membership, __pyx_v_name, __pyx_v_geometry, __pyx_v_text);
 
   /* function exit code */
@@ -6368,19 +6436,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
   double __pyx_t_16;
-  PyObject *__pyx_t_17[3];
+  PyObject *__pyx_t_17[4];
   PyObject *(*__pyx_t_18)(PyObject *);
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
   PyObject *__pyx_t_21 = NULL;
   PyObject *__pyx_t_22[11];
-  PyObject *__pyx_t_23[4];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("create", 0);
 
-  /* "ivshmem/channel/records.pyx":85
+  /* "ivshmem/channel/records.pyx":86
  *     """
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6389,7 +6456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = IVSHMEM_AGAIN;
 
-  /* "ivshmem/channel/records.pyx":86
+  /* "ivshmem/channel/records.pyx":87
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
@@ -6398,24 +6465,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_name == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 86, __pyx_L1_error)
+    __PYX_ERR(0, 87, __pyx_L1_error)
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 86, __pyx_L1_error)
+  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 87, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":87
+  /* "ivshmem/channel/records.pyx":88
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()
  *     membership.check()             # <<<<<<<<<<<<<<
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":88
+  /* "ivshmem/channel/records.pyx":89
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     memset(&record, 0, sizeof(record))             # <<<<<<<<<<<<<<
@@ -6424,20 +6491,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   (void)(memset((&__pyx_v_record), 0, (sizeof(__pyx_v_record))));
 
-  /* "ivshmem/channel/records.pyx":89
+  /* "ivshmem/channel/records.pyx":90
  *     membership.check()
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
 */
-  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.name, ((char const *)__pyx_t_3), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":90
+  /* "ivshmem/channel/records.pyx":91
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))             # <<<<<<<<<<<<<<
@@ -6446,29 +6513,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 90, __pyx_L1_error)
+    __PYX_ERR(0, 91, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 91, __pyx_L1_error)
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 90, __pyx_L1_error)
+    __PYX_ERR(0, 91, __pyx_L1_error)
   }
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.type, ((char const *)__pyx_t_5), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":91
+  /* "ivshmem/channel/records.pyx":92
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
   __pyx_v_record.geometry = __pyx_t_6;
 
-  /* "ivshmem/channel/records.pyx":92
+  /* "ivshmem/channel/records.pyx":93
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()             # <<<<<<<<<<<<<<
@@ -6476,9 +6543,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         code = ivshmem_create(&membership.member, &record)
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __pyx_t_10 = 1;
@@ -6498,14 +6565,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 92, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_record.created = __pyx_t_11;
 
-  /* "ivshmem/channel/records.pyx":93
+  /* "ivshmem/channel/records.pyx":94
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6513,7 +6580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         if code != IVSHMEM_AGAIN:
 */
   __pyx_t_9 = NULL;
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_10 = 1;
   {
@@ -6521,12 +6588,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 93, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 94, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
     {
@@ -6534,18 +6601,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 93, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 94, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_1);
-    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_tries, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":94
+    /* "ivshmem/channel/records.pyx":95
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)             # <<<<<<<<<<<<<<
@@ -6554,7 +6621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     __pyx_v_code = ivshmem_create((&__pyx_v_membership->member), (&__pyx_v_record));
 
-    /* "ivshmem/channel/records.pyx":95
+    /* "ivshmem/channel/records.pyx":96
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6566,7 +6633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     if (__pyx_t_13) {
 
 
-      /* "ivshmem/channel/records.pyx":96
+      /* "ivshmem/channel/records.pyx":97
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:
  *             break             # <<<<<<<<<<<<<<
@@ -6575,7 +6642,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/records.pyx":95
+      /* "ivshmem/channel/records.pyx":96
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6584,7 +6651,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/channel/records.pyx":97
+    /* "ivshmem/channel/records.pyx":98
  *         if code != IVSHMEM_AGAIN:
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))             # <<<<<<<<<<<<<<
@@ -6592,28 +6659,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         return record.index
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
     __pyx_t_10 = 1;
@@ -6634,12 +6701,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":93
+    /* "ivshmem/channel/records.pyx":94
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6654,7 +6721,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   goto __pyx_L6_for_end;
   __pyx_L6_for_end:;
 
-  /* "ivshmem/channel/records.pyx":98
+  /* "ivshmem/channel/records.pyx":99
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6666,14 +6733,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (__pyx_t_13) {
 
 
-    /* "ivshmem/channel/records.pyx":99
+    /* "ivshmem/channel/records.pyx":100
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:
  *         return record.index             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already")
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
 */
-    __pyx_t_7 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 99, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -6686,7 +6753,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":98
+    /* "ivshmem/channel/records.pyx":99
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6695,44 +6762,51 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":100
+  /* "ivshmem/channel/records.pyx":101
  *     if code == 0:
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *         raise ChannelExists(f"there is a channel {name!r} already")
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:
 */
   switch (__pyx_v_code) {
     case IVSHMEM_TAKEN:
     case IVSHMEM_AGAIN:
 
-    /* "ivshmem/channel/records.pyx":101
+    /* "ivshmem/channel/records.pyx":102
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already")             # <<<<<<<<<<<<<<
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, most = room(membership)
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9 = __pyx_f_7ivshmem_7channel_7records_whose(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_t_9); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_there_is_a_channel;
     __pyx_t_17[1] = __pyx_t_8;
     __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_already;
+    __pyx_t_17[3] = __pyx_t_15;
     __pyx_t_4 = 27;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]);
+    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]);
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]);
     #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_17, 3, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_17, 4, __pyx_t_4, __pyx_t_2);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_14))) {
@@ -6751,27 +6825,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 101, __pyx_L1_error)
+    __PYX_ERR(0, 102, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":100
+    /* "ivshmem/channel/records.pyx":101
  *     if code == 0:
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *         raise ChannelExists(f"there is a channel {name!r} already")
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:
 */
     break;
     default: break;
   }
 
-  /* "ivshmem/channel/records.pyx":102
+  /* "ivshmem/channel/records.pyx":103
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already")
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)
@@ -6781,15 +6855,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":103
- *         raise ChannelExists(f"there is a channel {name!r} already")
+    /* "ivshmem/channel/records.pyx":104
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, most = room(membership)             # <<<<<<<<<<<<<<
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6808,7 +6882,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_7))) || (PyList_CheckExact(__pyx_t_7))) {
@@ -6817,7 +6891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(size != 3)) {
         if (size > 3) __Pyx_RaiseTooManyValuesError(3);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 103, __pyx_L1_error)
+        __PYX_ERR(0, 104, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -6829,45 +6903,45 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
         __Pyx_INCREF(__pyx_t_1);
       } else {
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 103, __pyx_L1_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_14);
         __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_1);
       }
       #else
-      __pyx_t_9 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
-      __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 103, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       #endif
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_8 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 103, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_15 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 104, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_15);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8);
-      index = 0; __pyx_t_9 = __pyx_t_18(__pyx_t_8); if (unlikely(!__pyx_t_9)) goto __pyx_L9_unpacking_failed;
+      __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
+      index = 0; __pyx_t_9 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_9)) goto __pyx_L9_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_9);
-      index = 1; __pyx_t_14 = __pyx_t_18(__pyx_t_8); if (unlikely(!__pyx_t_14)) goto __pyx_L9_unpacking_failed;
+      index = 1; __pyx_t_14 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_14)) goto __pyx_L9_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_14);
-      index = 2; __pyx_t_1 = __pyx_t_18(__pyx_t_8); if (unlikely(!__pyx_t_1)) goto __pyx_L9_unpacking_failed;
+      index = 2; __pyx_t_1 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_1)) goto __pyx_L9_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_1);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_8), 3) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_15), 3) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
       __pyx_t_18 = NULL;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       goto __pyx_L10_unpacking_done;
       __pyx_L9_unpacking_failed:;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __pyx_t_18 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 103, __pyx_L1_error)
+      __PYX_ERR(0, 104, __pyx_L1_error)
       __pyx_L10_unpacking_done:;
     }
     __pyx_v_unit = __pyx_t_9;
@@ -6877,7 +6951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_v_most = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":104
+    /* "ivshmem/channel/records.pyx":105
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)             # <<<<<<<<<<<<<<
@@ -6885,7 +6959,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         raise ChannelError(
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6904,34 +6978,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_v_size = __pyx_t_7;
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/records.pyx":105
+    /* "ivshmem/channel/records.pyx":106
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit             # <<<<<<<<<<<<<<
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
 */
-    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_14 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_14, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_14, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_v_taken = __pyx_t_14;
     __pyx_t_14 = 0;
 
-    /* "ivshmem/channel/records.pyx":106
+    /* "ivshmem/channel/records.pyx":107
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -6939,79 +7013,79 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
-    /* "ivshmem/channel/records.pyx":107
+    /* "ivshmem/channel/records.pyx":108
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
 */
-    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_8, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_v_taken); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/records.pyx":108
+    /* "ivshmem/channel/records.pyx":109
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"             # <<<<<<<<<<<<<<
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
  *             " `ivshmem channel ls` lists what is there"
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_19 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_19 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_19); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_8, __pyx_t_19); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-    __pyx_t_19 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_20, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_20, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_21 = __Pyx_PyObject_CallOneArg(__pyx_t_20, __pyx_t_15); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_21 = __Pyx_PyObject_CallOneArg(__pyx_t_20, __pyx_t_8); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_21, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_21, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
 
-    /* "ivshmem/channel/records.pyx":109
+    /* "ivshmem/channel/records.pyx":110
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"             # <<<<<<<<<<<<<<
  *             " `ivshmem channel ls` lists what is there"
  *         )
 */
-    __pyx_t_21 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_21 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __pyx_t_22[0] = __pyx_mstate_global->__pyx_kp_u_no_room_for_channel;
     __pyx_t_22[1] = __pyx_t_9;
     __pyx_t_22[2] = __pyx_mstate_global->__pyx_kp_u_it_takes;
-    __pyx_t_22[3] = __pyx_t_8;
+    __pyx_t_22[3] = __pyx_t_15;
     __pyx_t_22[4] = __pyx_mstate_global->__pyx_kp_u_and_of_the_area_s;
     __pyx_t_22[5] = __pyx_t_19;
     __pyx_t_22[6] = __pyx_mstate_global->__pyx_kp_u_at_most;
-    __pyx_t_22[7] = __pyx_t_15;
+    __pyx_t_22[7] = __pyx_t_8;
     __pyx_t_22[8] = __pyx_mstate_global->__pyx_kp_u_are_free_in_one_piece_or_all;
     __pyx_t_22[9] = __pyx_t_21;
     __pyx_t_22[10] = __pyx_mstate_global->__pyx_kp_u_channels_exist_that_it_can_have;
 
-    /* "ivshmem/channel/records.pyx":107
+    /* "ivshmem/channel/records.pyx":108
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
@@ -7033,12 +7107,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     }
     #endif
     __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 11, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 107, __pyx_L1_error)
+    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+    __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7058,23 +7132,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
+      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 107, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
     }
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 106, __pyx_L1_error)
+    __PYX_ERR(0, 107, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":102
+    /* "ivshmem/channel/records.pyx":103
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already")
+ *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":112
+  /* "ivshmem/channel/records.pyx":113
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7086,7 +7160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":113
+    /* "ivshmem/channel/records.pyx":114
  *         )
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")             # <<<<<<<<<<<<<<
@@ -7094,24 +7168,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  * 
 */
     __pyx_t_1 = NULL;
-    __pyx_t_20 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_23[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_23[1] = __pyx_t_20;
-    __pyx_t_23[2] = __pyx_mstate_global->__pyx_kp_u_a_geometry_that_is_not_allowed;
-    __pyx_t_23[3] = __pyx_t_7;
+    __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_17[1] = __pyx_t_20;
+    __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_a_geometry_that_is_not_allowed;
+    __pyx_t_17[3] = __pyx_t_7;
     __pyx_t_4 = 42;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[3]);
+    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]);
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[3]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]);
     #endif
-    __pyx_t_21 = __Pyx_PyUnicode_Join(__pyx_t_23, 4, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_21 = __Pyx_PyUnicode_Join(__pyx_t_17, 4, __pyx_t_4, __pyx_t_2);
+    if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7121,14 +7195,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_14 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 113, __pyx_L1_error)
+      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 114, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
     }
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 113, __pyx_L1_error)
+    __PYX_ERR(0, 114, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":112
+    /* "ivshmem/channel/records.pyx":113
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7137,20 +7211,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":114
+  /* "ivshmem/channel/records.pyx":115
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
  *     raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_Raise(__pyx_t_14, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-  __PYX_ERR(0, 114, __pyx_L1_error)
+  __PYX_ERR(0, 115, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":75
+  /* "ivshmem/channel/records.pyx":76
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -7185,9 +7259,809 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
+
+/* "ivshmem/channel/records.pyx":118
+ * 
+ * 
+ * cdef str whose(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     cdef ivshmem_record record
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
+  struct ivshmem_record __pyx_v_record;
+  struct ivshmem_place __pyx_v_maker;
+  PyObject *__pyx_v_names = NULL;
+  PyObject *__pyx_v_by = NULL;
+  PyObject *__pyx_v_index = NULL;
+  PyObject *__pyx_v_epoch = NULL;
+  CYTHON_UNUSED PyObject *__pyx_v__ = NULL;
+  PyObject *__pyx_v_process = NULL;
+  PyObject *__pyx_v_words = NULL;
+  PyObject *__pyx_v_found = NULL;
+  PyObject *__pyx_v_ends = NULL;
+  PyObject *__pyx_v_users = NULL;
+  PyObject *__pyx_8genexpr1__pyx_v_end = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  Py_ssize_t __pyx_t_6;
+  PyObject *(*__pyx_t_7)(PyObject *);
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *(*__pyx_t_16)(PyObject *);
+  PyObject *__pyx_t_17[7];
+  Py_ssize_t __pyx_t_18;
+  int __pyx_t_19;
+  int __pyx_t_20;
+  PyObject *__pyx_t_21[3];
+  int __pyx_t_22;
+  PyObject *__pyx_t_23[4];
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("whose", 0);
+
+  /* "ivshmem/channel/records.pyx":122
+ *     cdef ivshmem_record record
+ *     cdef ivshmem_place maker
+ *     if not find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *         return ", which another process is just making"
+ *     maker = ivshmem_place_of(record.state)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_2 = (!__pyx_t_1);
+
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":123
+ *     cdef ivshmem_place maker
+ *     if not find_record(membership, name, &record):
+ *         return ", which another process is just making"             # <<<<<<<<<<<<<<
+ *     maker = ivshmem_place_of(record.state)
+ *     names = {}
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_which_another_process_is_just_m);
+        __pyx_r = __pyx_mstate_global->__pyx_kp_u_which_another_process_is_just_m;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":122
+ *     cdef ivshmem_record record
+ *     cdef ivshmem_place maker
+ *     if not find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *         return ", which another process is just making"
+ *     maker = ivshmem_place_of(record.state)
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":124
+ *     if not find_record(membership, name, &record):
+ *         return ", which another process is just making"
+ *     maker = ivshmem_place_of(record.state)             # <<<<<<<<<<<<<<
+ *     names = {}
+ *     by = "a process that has left"
+*/
+  __pyx_v_maker = ivshmem_place_of(__pyx_v_record.state);
+
+  /* "ivshmem/channel/records.pyx":125
+ *         return ", which another process is just making"
+ *     maker = ivshmem_place_of(record.state)
+ *     names = {}             # <<<<<<<<<<<<<<
+ *     by = "a process that has left"
+ *     for index, epoch, _, _, _, process, words in membership.places():
+*/
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_v_names = ((PyObject*)__pyx_t_3);
+  __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/records.pyx":126
+ *     maker = ivshmem_place_of(record.state)
+ *     names = {}
+ *     by = "a process that has left"             # <<<<<<<<<<<<<<
+ *     for index, epoch, _, _, _, process, words in membership.places():
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+*/
+  __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_a_process_that_has_left);
+  __pyx_v_by = __pyx_mstate_global->__pyx_kp_u_a_process_that_has_left;
+
+  /* "ivshmem/channel/records.pyx":127
+ *     names = {}
+ *     by = "a process that has left"
+ *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+ *         if index == maker.index and epoch == maker.epoch:
+*/
+  __pyx_t_4 = ((PyObject *)__pyx_v_membership);
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_5 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
+    __pyx_t_4 = __pyx_t_3; __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_6 = 0;
+    __pyx_t_7 = NULL;
+  } else {
+    __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 127, __pyx_L1_error)
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  for (;;) {
+    if (likely(!__pyx_t_7)) {
+      if (likely(PyList_CheckExact(__pyx_t_4))) {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L1_error)
+          #endif
+          if (__pyx_t_6 >= __pyx_temp) break;
+        }
+        __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_4, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_6;
+      } else {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L1_error)
+          #endif
+          if (__pyx_t_6 >= __pyx_temp) break;
+        }
+        #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+        __pyx_t_3 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_4, __pyx_t_6));
+        #else
+        __pyx_t_3 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_6);
+        #endif
+        ++__pyx_t_6;
+      }
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+    } else {
+      __pyx_t_3 = __pyx_t_7(__pyx_t_4);
+      if (unlikely(!__pyx_t_3)) {
+        PyObject* exc_type = PyErr_Occurred();
+        if (exc_type) {
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 127, __pyx_L1_error)
+          PyErr_Clear();
+        }
+        break;
+      }
+    }
+    __Pyx_GOTREF(__pyx_t_3);
+    if ((likely(PyTuple_CheckExact(__pyx_t_3))) || (PyList_CheckExact(__pyx_t_3))) {
+      PyObject* sequence = __pyx_t_3;
+      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
+      if (unlikely(size != 7)) {
+        if (size > 7) __Pyx_RaiseTooManyValuesError(7);
+        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
+        __PYX_ERR(0, 127, __pyx_L1_error)
+      }
+      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+      if (likely(PyTuple_CheckExact(sequence))) {
+        __pyx_t_8 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_9);
+        __pyx_t_10 = PyTuple_GET_ITEM(sequence, 2);
+        __Pyx_INCREF(__pyx_t_10);
+        __pyx_t_11 = PyTuple_GET_ITEM(sequence, 3);
+        __Pyx_INCREF(__pyx_t_11);
+        __pyx_t_12 = PyTuple_GET_ITEM(sequence, 4);
+        __Pyx_INCREF(__pyx_t_12);
+        __pyx_t_13 = PyTuple_GET_ITEM(sequence, 5);
+        __Pyx_INCREF(__pyx_t_13);
+        __pyx_t_14 = PyTuple_GET_ITEM(sequence, 6);
+        __Pyx_INCREF(__pyx_t_14);
+      } else {
+        __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_8);
+        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_9);
+        __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_10);
+        __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_11);
+        __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_12);
+        __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_13);
+        __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_14);
+      }
+      #else
+      {
+        Py_ssize_t i;
+        PyObject** temps[7] = {&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13,&__pyx_t_14};
+        for (i=0; i < 7; i++) {
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 127, __pyx_L1_error)
+          __Pyx_GOTREF(item);
+          *(temps[i]) = item;
+        }
+      }
+      #endif
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    } else {
+      Py_ssize_t index = -1;
+      PyObject** temps[7] = {&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13,&__pyx_t_14};
+      __pyx_t_15 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 127, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_15);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __pyx_t_16 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
+      for (index=0; index < 7; index++) {
+        PyObject* item = __pyx_t_16(__pyx_t_15); if (unlikely(!item)) goto __pyx_L6_unpacking_failed;
+        __Pyx_GOTREF(item);
+        *(temps[index]) = item;
+      }
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_16(__pyx_t_15), 7) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+      __pyx_t_16 = NULL;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      goto __pyx_L7_unpacking_done;
+      __pyx_L6_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      __pyx_t_16 = NULL;
+      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
+      __PYX_ERR(0, 127, __pyx_L1_error)
+      __pyx_L7_unpacking_done:;
+    }
+    __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_8);
+    __pyx_t_8 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_epoch, __pyx_t_9);
+    __pyx_t_9 = 0;
+    __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_10);
+    __pyx_t_10 = 0;
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_11);
+    __pyx_t_11 = 0;
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_12);
+    __pyx_t_12 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_process, __pyx_t_13);
+    __pyx_t_13 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_words, __pyx_t_14);
+    __pyx_t_14 = 0;
+
+    /* "ivshmem/channel/records.pyx":128
+ *     by = "a process that has left"
+ *     for index, epoch, _, _, _, process, words in membership.places():
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"             # <<<<<<<<<<<<<<
+ *         if index == maker.index and epoch == maker.epoch:
+ *             by = names[index]
+*/
+    __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __pyx_t_12 = __Pyx_PyObject_CallOneArg(__pyx_t_13, __pyx_v_words); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __pyx_t_13 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_12), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_place;
+    __pyx_t_17[1] = __pyx_t_3;
+    __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_process;
+    __pyx_t_17[3] = __pyx_t_14;
+    __pyx_t_17[4] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_17[5] = __pyx_t_13;
+    __pyx_t_17[6] = __pyx_mstate_global->__pyx_kp_u__3;
+    __pyx_t_18 = 19;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_18 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[5]);
+    #endif
+    __pyx_t_19 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
+    #endif
+    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    if (unlikely((PyDict_SetItem(__pyx_v_names, __pyx_v_index, __pyx_t_12) < 0))) __PYX_ERR(0, 128, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+
+    /* "ivshmem/channel/records.pyx":129
+ *     for index, epoch, _, _, _, process, words in membership.places():
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+ *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
+ *             by = names[index]
+ *     found = f", made by {by}"
+*/
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.index); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 129, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_1 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_12, Py_EQ); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 129, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    if (__pyx_t_1) {
+
+    } else {
+
+      __pyx_t_2 = __pyx_t_1;
+
+      goto __pyx_L9_bool_binop_done;
+    }
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.epoch); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 129, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_1 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_12, Py_EQ); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 129, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+
+    __pyx_t_2 = __pyx_t_1;
+
+    __pyx_L9_bool_binop_done:;
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/records.pyx":130
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+ *         if index == maker.index and epoch == maker.epoch:
+ *             by = names[index]             # <<<<<<<<<<<<<<
+ *     found = f", made by {by}"
+ *     ends = usage(membership, &record)
+*/
+      __pyx_t_12 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_v_index); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
+      __Pyx_DECREF_SET(__pyx_v_by, __pyx_t_12);
+      __pyx_t_12 = 0;
+
+      /* "ivshmem/channel/records.pyx":129
+ *     for index, epoch, _, _, _, process, words in membership.places():
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+ *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
+ *             by = names[index]
+ *     found = f", made by {by}"
+*/
+    }
+
+    /* "ivshmem/channel/records.pyx":127
+ *     names = {}
+ *     by = "a process that has left"
+ *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
+ *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
+ *         if index == maker.index and epoch == maker.epoch:
+*/
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/records.pyx":131
+ *         if index == maker.index and epoch == maker.epoch:
+ *             by = names[index]
+ *     found = f", made by {by}"             # <<<<<<<<<<<<<<
+ *     ends = usage(membership, &record)
+ *     users = {
+*/
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_by, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_12 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_made_by, __pyx_t_4); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_v_found = ((PyObject*)__pyx_t_12);
+  __pyx_t_12 = 0;
+
+  /* "ivshmem/channel/records.pyx":132
+ *             by = names[index]
+ *     found = f", made by {by}"
+ *     ends = usage(membership, &record)             # <<<<<<<<<<<<<<
+ *     users = {
+ *         names[end[1]]
+*/
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
+  __pyx_v_ends = ((PyObject*)__pyx_t_12);
+  __pyx_t_12 = 0;
+
+  /* "ivshmem/channel/records.pyx":133
+ *     found = f", made by {by}"
+ *     ends = usage(membership, &record)
+ *     users = {             # <<<<<<<<<<<<<<
+ *         names[end[1]]
+ *         for end in ends["writing"] + ends["reading"]
+*/
+  { /* enter inner scope */
+    __pyx_t_12 = PySet_New(NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 133, __pyx_L14_error)
+    __Pyx_GOTREF(__pyx_t_12);
+
+    /* "ivshmem/channel/records.pyx":135
+ *     users = {
+ *         names[end[1]]
+ *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
+ *         if end[2] != "gone" and end[1] in names
+ *     }
+*/
+    if (unlikely(__pyx_v_ends == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+      __PYX_ERR(0, 135, __pyx_L14_error)
+    }
+    __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L14_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    if (unlikely(__pyx_v_ends == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+      __PYX_ERR(0, 135, __pyx_L14_error)
+    }
+    __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L14_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __pyx_t_14 = __Pyx_PyNumber_Add_object_object(__pyx_t_4, __pyx_t_13); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 135, __pyx_L14_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    if (likely(PyList_CheckExact(__pyx_t_14)) || PyTuple_CheckExact(__pyx_t_14)) {
+      __pyx_t_13 = __pyx_t_14; __Pyx_INCREF(__pyx_t_13);
+      __pyx_t_6 = 0;
+      __pyx_t_7 = NULL;
+    } else {
+      __pyx_t_6 = -1; __pyx_t_13 = PyObject_GetIter(__pyx_t_14); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L14_error)
+      __Pyx_GOTREF(__pyx_t_13);
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_13); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L14_error)
+    }
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    for (;;) {
+      if (likely(!__pyx_t_7)) {
+        if (likely(PyList_CheckExact(__pyx_t_13))) {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_13);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L14_error)
+            #endif
+            if (__pyx_t_6 >= __pyx_temp) break;
+          }
+          __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_13, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
+          ++__pyx_t_6;
+        } else {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_13);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L14_error)
+            #endif
+            if (__pyx_t_6 >= __pyx_temp) break;
+          }
+          #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+          __pyx_t_14 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_13, __pyx_t_6));
+          #else
+          __pyx_t_14 = __Pyx_PySequence_ITEM(__pyx_t_13, __pyx_t_6);
+          #endif
+          ++__pyx_t_6;
+        }
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 135, __pyx_L14_error)
+      } else {
+        __pyx_t_14 = __pyx_t_7(__pyx_t_13);
+        if (unlikely(!__pyx_t_14)) {
+          PyObject* exc_type = PyErr_Occurred();
+          if (exc_type) {
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 135, __pyx_L14_error)
+            PyErr_Clear();
+          }
+          break;
+        }
+      }
+      __Pyx_GOTREF(__pyx_t_14);
+      __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_14);
+      __pyx_t_14 = 0;
+
+      /* "ivshmem/channel/records.pyx":136
+ *         names[end[1]]
+ *         for end in ends["writing"] + ends["reading"]
+ *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
+ *     }
+ *     users.discard(by)
+*/
+      __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 136, __pyx_L14_error)
+      __Pyx_GOTREF(__pyx_t_14);
+      __pyx_t_1 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_gone, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 136, __pyx_L14_error)
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      if (__pyx_t_1) {
+
+      } else {
+
+        __pyx_t_2 = __pyx_t_1;
+
+        goto __pyx_L18_bool_binop_done;
+      }
+      __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 136, __pyx_L14_error)
+      __Pyx_GOTREF(__pyx_t_14);
+      __pyx_t_1 = (__Pyx_PyDict_ContainsTF(__pyx_t_14, __pyx_v_names, Py_EQ)); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 136, __pyx_L14_error)
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+
+      __pyx_t_2 = __pyx_t_1;
+
+      __pyx_L18_bool_binop_done:;
+      if (__pyx_t_2) {
+
+
+        /* "ivshmem/channel/records.pyx":134
+ *     ends = usage(membership, &record)
+ *     users = {
+ *         names[end[1]]             # <<<<<<<<<<<<<<
+ *         for end in ends["writing"] + ends["reading"]
+ *         if end[2] != "gone" and end[1] in names
+*/
+        __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 134, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_14);
+        __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_t_14); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L14_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+        if (unlikely(PySet_Add(__pyx_t_12, __pyx_t_4))) __PYX_ERR(0, 134, __pyx_L14_error)
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+        /* "ivshmem/channel/records.pyx":136
+ *         names[end[1]]
+ *         for end in ends["writing"] + ends["reading"]
+ *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
+ *     }
+ *     users.discard(by)
+*/
+      }
+
+      /* "ivshmem/channel/records.pyx":135
+ *     users = {
+ *         names[end[1]]
+ *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
+ *         if end[2] != "gone" and end[1] in names
+ *     }
+*/
+    }
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_end); __pyx_8genexpr1__pyx_v_end = 0;
+    goto __pyx_L21_exit_scope;
+    __pyx_L14_error:;
+    __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_end); __pyx_8genexpr1__pyx_v_end = 0;
+    goto __pyx_L1_error;
+    __pyx_L21_exit_scope:;
+  } /* exit inner scope */
+  __pyx_v_users = ((PyObject*)__pyx_t_12);
+  __pyx_t_12 = 0;
+
+  /* "ivshmem/channel/records.pyx":138
+ *         if end[2] != "gone" and end[1] in names
+ *     }
+ *     users.discard(by)             # <<<<<<<<<<<<<<
+ *     if users:
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+*/
+  __pyx_t_20 = __Pyx_PySet_Discard(__pyx_v_users, __pyx_v_by); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/records.pyx":139
+ *     }
+ *     users.discard(by)
+ *     if users:             # <<<<<<<<<<<<<<
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+ *     if by not in names.values() and not ends["connections"]:
+*/
+  {
+    Py_ssize_t __pyx_temp = __Pyx_PySet_GET_SIZE(__pyx_v_users);
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 139, __pyx_L1_error)
+    __pyx_t_2 = (__pyx_temp != 0);
+  }
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":140
+ *     users.discard(by)
+ *     if users:
+ *         return f"{found}, used by {', '.join(sorted(users))}"             # <<<<<<<<<<<<<<
+ *     if by not in names.values() and not ends["connections"]:
+ *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
+*/
+    __pyx_t_12 = PySequence_List(__pyx_v_users); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    if (unlikely((PyList_Sort(__pyx_t_12) < 0))) __PYX_ERR(0, 140, __pyx_L1_error)
+    __pyx_t_13 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__2, __pyx_t_12); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_21[0] = __pyx_v_found;
+    __pyx_t_21[1] = __pyx_mstate_global->__pyx_kp_u_used_by;
+    __pyx_t_21[2] = __pyx_t_13;
+    __pyx_t_6 = 10;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_21[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_21[2]);
+    #endif
+    __pyx_t_19 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_21[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_21[2]);
+    #endif
+    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_21, 3, __pyx_t_6, __pyx_t_19);
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = ((PyObject*)__pyx_t_12);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_12 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":139
+ *     }
+ *     users.discard(by)
+ *     if users:             # <<<<<<<<<<<<<<
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+ *     if by not in names.values() and not ends["connections"]:
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":141
+ *     if users:
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+ *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
+ *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
+ *     return found
+*/
+  __pyx_t_12 = __Pyx_PyDict_Values(__pyx_v_names); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
+  __pyx_t_1 = (__Pyx_PySequence_ContainsTF(__pyx_v_by, __pyx_t_12, Py_NE)); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 141, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+  if (__pyx_t_1) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_1;
+
+    goto __pyx_L24_bool_binop_done;
+  }
+  if (unlikely(__pyx_v_ends == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+    __PYX_ERR(0, 141, __pyx_L1_error)
+  }
+  __pyx_t_12 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_connections); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_12); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 141, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+  __pyx_t_22 = (!__pyx_t_1);
+
+
+
+  __pyx_t_2 = __pyx_t_22;
+
+  __pyx_L24_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":142
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+ *     if by not in names.values() and not ends["connections"]:
+ *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"             # <<<<<<<<<<<<<<
+ *     return found
+ * 
+*/
+    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_quoted); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_13 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_t_13, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __pyx_t_23[0] = __pyx_v_found;
+    __pyx_t_23[1] = __pyx_mstate_global->__pyx_kp_u_used_by_nobody_ivshmem_channel;
+    __pyx_t_23[2] = __pyx_t_12;
+    __pyx_t_23[3] = __pyx_mstate_global->__pyx_kp_u_removes_it;
+    __pyx_t_6 = 50;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[2]);
+    #endif
+    __pyx_t_19 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[2]);
+    #endif
+    __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_23, 4, __pyx_t_6, __pyx_t_19);
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = ((PyObject*)__pyx_t_13);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_13 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":141
+ *     if users:
+ *         return f"{found}, used by {', '.join(sorted(users))}"
+ *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
+ *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
+ *     return found
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":143
+ *     if by not in names.values() and not ends["connections"]:
+ *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
+ *     return found             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_v_found);
+      __pyx_r = __pyx_v_found;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":118
+ * 
+ * 
+ * cdef str whose(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     cdef ivshmem_record record
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_XDECREF(__pyx_t_15);
+  __Pyx_AddTraceback("ivshmem.channel.records.whose", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+  __Pyx_XDECREF(__pyx_v_names);
+  __Pyx_XDECREF(__pyx_v_by);
+  __Pyx_XDECREF(__pyx_v_index);
+  __Pyx_XDECREF(__pyx_v_epoch);
+  __Pyx_XDECREF(__pyx_v__);
+  __Pyx_XDECREF(__pyx_v_process);
+  __Pyx_XDECREF(__pyx_v_words);
+  __Pyx_XDECREF(__pyx_v_found);
+  __Pyx_XDECREF(__pyx_v_ends);
+  __Pyx_XDECREF(__pyx_v_users);
+  __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_end);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":124
+/* "ivshmem/channel/records.pyx":153
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -7207,7 +8081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 124, __pyx_L1_error)
+    __PYX_ERR(0, 153, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -7218,7 +8092,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 124, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -7261,15 +8135,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 124, __pyx_L1_error)
+    __PYX_ERR(0, 153, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 124, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 153, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 124, __pyx_L1_error)
+    __PYX_ERR(0, 153, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -7277,7 +8151,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 124, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -7288,12 +8162,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 124, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 124, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -7320,7 +8194,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 124, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 153, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7348,7 +8222,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":117
+/* "ivshmem/channel/records.pyx":146
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -7359,8 +8233,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
 static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record *__pyx_v_record) {
   struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *__pyx_cur_scope;
   PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator = 0;
-  PyObject *__pyx_8genexpr2__pyx_v_name = NULL;
-  PyObject *__pyx_8genexpr2__pyx_v_bit = NULL;
+  PyObject *__pyx_8genexpr3__pyx_v_name = NULL;
+  PyObject *__pyx_8genexpr3__pyx_v_bit = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   struct ivshmem_geometry __pyx_t_1;
@@ -7384,12 +8258,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 117, __pyx_L1_error)
+    __PYX_ERR(0, 146, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":118
+  /* "ivshmem/channel/records.pyx":147
  * 
  * cdef dict facts(ivshmem_record *record):
  *     g = record.geometry             # <<<<<<<<<<<<<<
@@ -7400,40 +8274,40 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 
   __pyx_cur_scope->__pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":120
+  /* "ivshmem/channel/records.pyx":149
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":121
+  /* "ivshmem/channel/records.pyx":150
  *     return {
  *         "index": record.index,
  *         "state": record.state,             # <<<<<<<<<<<<<<
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":122
+  /* "ivshmem/channel/records.pyx":151
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -7444,13 +8318,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -7460,14 +8334,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 122, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":123
+  /* "ivshmem/channel/records.pyx":152
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
@@ -7475,12 +8349,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7500,50 +8374,50 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":124
+  /* "ivshmem/channel/records.pyx":153
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_2 = __pyx_t_3;
   __pyx_t_3 = 0;
   { /* enter inner scope */
 
-    /* "ivshmem/channel/records.pyx":125
+    /* "ivshmem/channel/records.pyx":154
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L5_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 154, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_9 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 125, __pyx_L5_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 125, __pyx_L5_error)
+      __PYX_ERR(0, 154, __pyx_L5_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -7552,134 +8426,134 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     while (1) {
       __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
       if (unlikely(__pyx_t_12 == 0)) break;
-      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 125, __pyx_L5_error)
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_5);
-      __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_name, __pyx_t_8);
+      __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_name, __pyx_t_8);
       __pyx_t_8 = 0;
-      __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_bit, __pyx_t_5);
+      __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_bit, __pyx_t_5);
       __pyx_t_5 = 0;
-      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 125, __pyx_L5_error)
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr2__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 125, __pyx_L5_error)
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 125, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
 
-      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr2__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 125, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 154, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit); __pyx_8genexpr2__pyx_v_bit = 0;
-    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name); __pyx_8genexpr2__pyx_v_name = 0;
+    __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_bit); __pyx_8genexpr3__pyx_v_bit = 0;
+    __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_name); __pyx_8genexpr3__pyx_v_name = 0;
     goto __pyx_L8_exit_scope;
     __pyx_L5_error:;
-    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit); __pyx_8genexpr2__pyx_v_bit = 0;
-    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name); __pyx_8genexpr2__pyx_v_name = 0;
+    __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_bit); __pyx_8genexpr3__pyx_v_bit = 0;
+    __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_name); __pyx_8genexpr3__pyx_v_name = 0;
     goto __pyx_L1_error;
     __pyx_L8_exit_scope:;
   } /* exit inner scope */
   if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
     if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
-    __PYX_ERR(0, 125, __pyx_L1_error)
+    __PYX_ERR(0, 154, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":126
+  /* "ivshmem/channel/records.pyx":155
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":127
+  /* "ivshmem/channel/records.pyx":156
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
  *         "loans": g.loans,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":128
+  /* "ivshmem/channel/records.pyx":157
  *         "writers": g.writers,
  *         "readers": g.readers,
  *         "slots": g.slots,             # <<<<<<<<<<<<<<
  *         "loans": g.loans,
  *         "views": g.views,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":129
+  /* "ivshmem/channel/records.pyx":158
  *         "readers": g.readers,
  *         "slots": g.slots,
  *         "loans": g.loans,             # <<<<<<<<<<<<<<
  *         "views": g.views,
  *         "limit": g.limit,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":130
+  /* "ivshmem/channel/records.pyx":159
  *         "slots": g.slots,
  *         "loans": g.loans,
  *         "views": g.views,             # <<<<<<<<<<<<<<
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":131
+  /* "ivshmem/channel/records.pyx":160
  *         "loans": g.loans,
  *         "views": g.views,
  *         "limit": g.limit,             # <<<<<<<<<<<<<<
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":132
+  /* "ivshmem/channel/records.pyx":161
  *         "views": g.views,
  *         "limit": g.limit,
  *         "created": record.created / 1e9,             # <<<<<<<<<<<<<<
  *         "type": (<bytes>record.type).decode(errors="replace"),
  *     }
 */
-  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":133
+  /* "ivshmem/channel/records.pyx":162
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *     }
  * 
 */
-  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
@@ -7690,13 +8564,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -7706,11 +8580,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 133, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 133, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 133, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -7723,7 +8597,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":117
+  /* "ivshmem/channel/records.pyx":146
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -7743,15 +8617,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_gb_7ivshmem_7channel_7records_5facts_2generator);
-  __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name);
-  __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit);
+  __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_name);
+  __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_bit);
   __Pyx_DECREF((PyObject *)__pyx_cur_scope);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":137
+/* "ivshmem/channel/records.pyx":166
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -7800,39 +8674,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 137, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 166, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 137, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 137, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 166, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 137, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 166, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 137, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 137, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 166, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7843,8 +8717,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 137, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 137, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 166, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_6find(__pyx_self, __pyx_v_membership, __pyx_v_name);
 
   /* function exit code */
@@ -7866,29 +8740,156 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
   struct ivshmem_record __pyx_v_record;
-  char __pyx_v_padded[IVSHMEM_CHANNEL_NAME];
-  PyObject *__pyx_v_encoded = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  Py_ssize_t __pyx_t_6;
-  int __pyx_t_7;
-  char const *__pyx_t_8;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find", 0);
 
-  /* "ivshmem/channel/records.pyx":145
+  /* "ivshmem/channel/records.pyx":173
+ *     """
  *     cdef ivshmem_record record
+ *     membership.check()             # <<<<<<<<<<<<<<
+ *     if find_record(membership, name, &record):
+ *         return facts(&record)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/records.pyx":174
+ *     cdef ivshmem_record record
+ *     membership.check()
+ *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *         return facts(&record)
+ *     raise NoSuchChannel(name)
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_2 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 174, __pyx_L1_error)
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":175
+ *     membership.check()
+ *     if find_record(membership, name, &record):
+ *         return facts(&record)             # <<<<<<<<<<<<<<
+ *     raise NoSuchChannel(name)
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_3;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_3 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":174
+ *     cdef ivshmem_record record
+ *     membership.check()
+ *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *         return facts(&record)
+ *     raise NoSuchChannel(name)
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":176
+ *     if find_record(membership, name, &record):
+ *         return facts(&record)
+ *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_6 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_name};
+    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __PYX_ERR(0, 176, __pyx_L1_error)
+
+  /* "ivshmem/channel/records.pyx":166
+ * 
+ * 
+ * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
+ *     """Return the facts of the channel of that name.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.records.find", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":179
+ * 
+ * 
+ * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+*/
+
+static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name, struct ivshmem_record *__pyx_v_record) {
+  char __pyx_v_padded[IVSHMEM_CHANNEL_NAME];
+  PyObject *__pyx_v_encoded = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  Py_ssize_t __pyx_t_5;
+  int __pyx_t_6;
+  char const *__pyx_t_7;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("find_record", 0);
+
+  /* "ivshmem/channel/records.pyx":181
+ * cdef bint find_record(Membership membership, str name, ivshmem_record *record):
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
- *     membership.check()
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *         return False
 */
   __pyx_t_2 = __pyx_v_name;
   __Pyx_INCREF(__pyx_t_2);
@@ -7899,13 +8900,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -7914,149 +8915,90 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 181, __pyx_L1_error)
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":146
+  /* "ivshmem/channel/records.pyx":182
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
- *     membership.check()             # <<<<<<<<<<<<<<
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
+ *         return False
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_6 = (__pyx_t_5 >= IVSHMEM_CHANNEL_NAME);
 
 
-  /* "ivshmem/channel/records.pyx":147
+  if (__pyx_t_6) {
+
+
+    /* "ivshmem/channel/records.pyx":183
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
- *     membership.check()
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *         memcpy(padded, <const char *>encoded, len(encoded))
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *         return False             # <<<<<<<<<<<<<<
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
-  __pyx_t_7 = (__pyx_t_6 < IVSHMEM_CHANNEL_NAME);
+    {
 
-
-  if (__pyx_t_7) {
-
-
-    /* "ivshmem/channel/records.pyx":148
- *     membership.check()
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
- *         memcpy(padded, <const char *>encoded, len(encoded))
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
-*/
-    (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
-
-    /* "ivshmem/channel/records.pyx":149
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *         memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
- *             return facts(&record)
-*/
-    __pyx_t_8 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_8) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
-    __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
-    (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_8), __pyx_t_6));
-
-
-
-    /* "ivshmem/channel/records.pyx":150
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *         memcpy(padded, <const char *>encoded, len(encoded))
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:             # <<<<<<<<<<<<<<
- *             return facts(&record)
- *     raise NoSuchChannel(name)
-*/
-    __pyx_t_7 = (ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, (&__pyx_v_record)) == 0);
-
-    if (__pyx_t_7) {
-
-
-      /* "ivshmem/channel/records.pyx":151
- *         memcpy(padded, <const char *>encoded, len(encoded))
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
- *             return facts(&record)             # <<<<<<<<<<<<<<
- *     raise NoSuchChannel(name)
- * 
-*/
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_1;
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      __pyx_t_1 = 0;
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/records.pyx":150
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *         memcpy(padded, <const char *>encoded, len(encoded))
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:             # <<<<<<<<<<<<<<
- *             return facts(&record)
- *     raise NoSuchChannel(name)
-*/
+      __pyx_r = 0;
     }
+    goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":147
+    /* "ivshmem/channel/records.pyx":182
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
- *     membership.check()
- *     if len(encoded) < IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
- *         memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *         memcpy(padded, <const char *>encoded, len(encoded))
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
+ *         return False
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":152
- *         if ivshmem_find(&membership.member.area, padded, &record) == 0:
- *             return facts(&record)
- *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/records.pyx":184
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *         return False
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
+ *     memcpy(padded, <const char *>encoded, len(encoded))
+ *     return ivshmem_find(&membership.member.area, padded, record) == 0
+*/
+  (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
+
+  /* "ivshmem/channel/records.pyx":185
+ *         return False
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
+ *     return ivshmem_find(&membership.member.area, padded, record) == 0
+ * 
+*/
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+  (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_7), __pyx_t_5));
+
+
+
+  /* "ivshmem/channel/records.pyx":186
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     memcpy(padded, <const char *>encoded, len(encoded))
+ *     return ivshmem_find(&membership.member.area, padded, record) == 0             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_2))) {
-    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_2);
-    assert(__pyx_t_4);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
-    __Pyx_INCREF(__pyx_t_4);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
-    __pyx_t_3 = 0;
-  }
-  #endif
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_name};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 152, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":137
+    __pyx_r = (ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, __pyx_v_record) == 0);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":179
  * 
  * 
- * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
- *     """Return the facts of the channel of that name.
- * 
+ * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
 */
 
   /* function exit code */
@@ -8064,18 +9006,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.records.find", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_AddTraceback("ivshmem.channel.records.find_record", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
 
-
   __Pyx_XDECREF(__pyx_v_encoded);
-  __Pyx_XGIVEREF(__pyx_r);
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":155
+/* "ivshmem/channel/records.pyx":189
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -8123,32 +9064,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 155, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 189, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 189, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 155, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 189, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 155, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 189, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8159,7 +9100,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 155, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 189, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8listing(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -8199,29 +9140,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("listing", 0);
 
-  /* "ivshmem/channel/records.pyx":159
+  /* "ivshmem/channel/records.pyx":193
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     found = []
  *     for i in range(membership.member.area.records):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":160
+  /* "ivshmem/channel/records.pyx":194
  *     cdef unsigned i
  *     membership.check()
  *     found = []             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":161
+  /* "ivshmem/channel/records.pyx":195
  *     membership.check()
  *     found = []
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
@@ -8235,7 +9176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/records.pyx":162
+    /* "ivshmem/channel/records.pyx":196
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -8247,43 +9188,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/records.pyx":163
+      /* "ivshmem/channel/records.pyx":197
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts(&record)             # <<<<<<<<<<<<<<
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_v_channel, ((PyObject*)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/records.pyx":164
+      /* "ivshmem/channel/records.pyx":198
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts(&record)
  *             channel.update(usage(membership, &record))             # <<<<<<<<<<<<<<
  *             found.append(channel)
  *     return found
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 198, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/records.pyx":165
+      /* "ivshmem/channel/records.pyx":199
  *             channel = facts(&record)
  *             channel.update(usage(membership, &record))
  *             found.append(channel)             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/records.pyx":162
+      /* "ivshmem/channel/records.pyx":196
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -8294,7 +9235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
 
 
-  /* "ivshmem/channel/records.pyx":166
+  /* "ivshmem/channel/records.pyx":200
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
  *     return found             # <<<<<<<<<<<<<<
@@ -8312,7 +9253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":155
+  /* "ivshmem/channel/records.pyx":189
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -8337,7 +9278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":220
+/* "ivshmem/channel/records.pyx":254
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -8357,7 +9298,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 220, __pyx_L1_error)
+    __PYX_ERR(0, 254, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8368,7 +9309,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 220, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8411,15 +9352,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 220, __pyx_L1_error)
+    __PYX_ERR(0, 254, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 220, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 254, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 220, __pyx_L1_error)
+    __PYX_ERR(0, 254, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 254, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8427,7 +9368,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 220, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -8438,9 +9379,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 220, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 220, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -8467,7 +9408,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 220, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 254, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8495,7 +9436,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":169
+/* "ivshmem/channel/records.pyx":203
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8549,12 +9490,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 169, __pyx_L1_error)
+    __PYX_ERR(0, 203, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":172
+  /* "ivshmem/channel/records.pyx":206
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
@@ -8563,7 +9504,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
 
-  /* "ivshmem/channel/records.pyx":176
+  /* "ivshmem/channel/records.pyx":210
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
@@ -8572,42 +9513,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":178
+  /* "ivshmem/channel/records.pyx":212
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,             # <<<<<<<<<<<<<<
  *         "bytes": channel.layout.size,
  *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":179
+  /* "ivshmem/channel/records.pyx":213
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
  *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
  *     }
  *     if g.kind == IVSHMEM_BYTES:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":181
+  /* "ivshmem/channel/records.pyx":215
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -8619,7 +9560,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":182
+    /* "ivshmem/channel/records.pyx":216
  *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8633,7 +9574,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":183
+      /* "ivshmem/channel/records.pyx":217
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -8643,7 +9584,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":184
+        /* "ivshmem/channel/records.pyx":218
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8652,7 +9593,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":185
+        /* "ivshmem/channel/records.pyx":219
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8670,7 +9611,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":186
+        /* "ivshmem/channel/records.pyx":220
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8684,7 +9625,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":185
+        /* "ivshmem/channel/records.pyx":219
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8694,7 +9635,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":188
+          /* "ivshmem/channel/records.pyx":222
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -8703,16 +9644,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 188, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 188, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 222, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":189
+          /* "ivshmem/channel/records.pyx":223
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -8721,7 +9662,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":185
+          /* "ivshmem/channel/records.pyx":219
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8734,7 +9675,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":181
+    /* "ivshmem/channel/records.pyx":215
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -8744,7 +9685,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":191
+  /* "ivshmem/channel/records.pyx":225
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8759,7 +9700,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":192
+      /* "ivshmem/channel/records.pyx":226
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -8768,7 +9709,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":193
+      /* "ivshmem/channel/records.pyx":227
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -8777,7 +9718,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":194
+      /* "ivshmem/channel/records.pyx":228
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended             # <<<<<<<<<<<<<<
@@ -8786,19 +9727,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_published);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_published;
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 228, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 194, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 228, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/records.pyx":195
+      /* "ivshmem/channel/records.pyx":229
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8810,7 +9751,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":196
+        /* "ivshmem/channel/records.pyx":230
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -8819,7 +9760,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":195
+        /* "ivshmem/channel/records.pyx":229
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8828,7 +9769,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":197
+      /* "ivshmem/channel/records.pyx":231
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8837,59 +9778,59 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":232
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 232, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/records.pyx":199
+      /* "ivshmem/channel/records.pyx":233
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
  *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 199, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_2 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":232
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-      /* "ivshmem/channel/records.pyx":201
+      /* "ivshmem/channel/records.pyx":235
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -8901,7 +9842,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":202
+        /* "ivshmem/channel/records.pyx":236
  *             ))
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
@@ -8915,7 +9856,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/channel/records.pyx":203
+          /* "ivshmem/channel/records.pyx":237
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8924,7 +9865,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-          /* "ivshmem/channel/records.pyx":204
+          /* "ivshmem/channel/records.pyx":238
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -8941,7 +9882,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/records.pyx":205
+            /* "ivshmem/channel/records.pyx":239
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
@@ -8950,19 +9891,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
             __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
-            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 205, __pyx_L1_error)
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 239, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 205, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 239, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 205, __pyx_L1_error)
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 239, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 205, __pyx_L1_error)
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 239, __pyx_L1_error)
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-            /* "ivshmem/channel/records.pyx":204
+            /* "ivshmem/channel/records.pyx":238
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -8973,7 +9914,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         }
 
 
-        /* "ivshmem/channel/records.pyx":201
+        /* "ivshmem/channel/records.pyx":235
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -8987,7 +9928,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":206
+  /* "ivshmem/channel/records.pyx":240
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
@@ -9001,7 +9942,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":207
+    /* "ivshmem/channel/records.pyx":241
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -9010,7 +9951,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":208
+    /* "ivshmem/channel/records.pyx":242
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9022,7 +9963,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":209
+      /* "ivshmem/channel/records.pyx":243
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
@@ -9031,7 +9972,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":208
+      /* "ivshmem/channel/records.pyx":242
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9040,7 +9981,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":210
+    /* "ivshmem/channel/records.pyx":244
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9049,7 +9990,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":211
+    /* "ivshmem/channel/records.pyx":245
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -9061,7 +10002,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":212
+      /* "ivshmem/channel/records.pyx":246
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
@@ -9070,7 +10011,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":211
+      /* "ivshmem/channel/records.pyx":245
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -9079,7 +10020,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":213
+    /* "ivshmem/channel/records.pyx":247
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -9089,7 +10030,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":214
+    /* "ivshmem/channel/records.pyx":248
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -9098,17 +10039,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":215
+    /* "ivshmem/channel/records.pyx":249
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
 */
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
-    __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__2);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__4);
+    __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__4);
 
-    /* "ivshmem/channel/records.pyx":216
+    /* "ivshmem/channel/records.pyx":250
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -9120,7 +10061,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":217
+      /* "ivshmem/channel/records.pyx":251
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -9129,7 +10070,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":218
+      /* "ivshmem/channel/records.pyx":252
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -9138,33 +10079,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":220
+      /* "ivshmem/channel/records.pyx":254
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 220, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 220, __pyx_L1_error)
+      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":219
+      /* "ivshmem/channel/records.pyx":253
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 219, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 253, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":222
+      /* "ivshmem/channel/records.pyx":256
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9178,7 +10119,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":223
+        /* "ivshmem/channel/records.pyx":257
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9187,7 +10128,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":224
+        /* "ivshmem/channel/records.pyx":258
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -9199,7 +10140,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":229
+          /* "ivshmem/channel/records.pyx":263
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -9209,7 +10150,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":226
+          /* "ivshmem/channel/records.pyx":260
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -9219,7 +10160,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":229
+          /* "ivshmem/channel/records.pyx":263
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -9236,24 +10177,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 229, __pyx_L1_error)
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 263, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":225
+          /* "ivshmem/channel/records.pyx":259
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 225, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 259, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_10));
           __pyx_t_10 = 0;
 
-          /* "ivshmem/channel/records.pyx":224
+          /* "ivshmem/channel/records.pyx":258
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -9264,7 +10205,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":216
+      /* "ivshmem/channel/records.pyx":250
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -9273,60 +10214,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":231
+    /* "ivshmem/channel/records.pyx":265
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 265, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/records.pyx":232
+    /* "ivshmem/channel/records.pyx":266
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 232, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/records.pyx":231
+    /* "ivshmem/channel/records.pyx":265
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -9334,7 +10275,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
 
 
-  /* "ivshmem/channel/records.pyx":234
+  /* "ivshmem/channel/records.pyx":268
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -9352,7 +10293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":169
+  /* "ivshmem/channel/records.pyx":203
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9392,7 +10333,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":237
+/* "ivshmem/channel/records.pyx":271
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9411,7 +10352,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":238
+  /* "ivshmem/channel/records.pyx":272
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9420,7 +10361,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":239
+  /* "ivshmem/channel/records.pyx":273
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9432,7 +10373,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":240
+    /* "ivshmem/channel/records.pyx":274
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -9450,7 +10391,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":239
+    /* "ivshmem/channel/records.pyx":273
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9459,18 +10400,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":241
+  /* "ivshmem/channel/records.pyx":275
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 241, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 275, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":242
+    /* "ivshmem/channel/records.pyx":276
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -9488,7 +10429,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":241
+    /* "ivshmem/channel/records.pyx":275
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -9497,7 +10438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":243
+  /* "ivshmem/channel/records.pyx":277
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -9525,7 +10466,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":237
+  /* "ivshmem/channel/records.pyx":271
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9545,7 +10486,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":246
+/* "ivshmem/channel/records.pyx":280
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -9596,53 +10537,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 246, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 246, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 280, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 280, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 280, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 246, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[2]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 246, __pyx_L3_error)
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 246, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9653,8 +10594,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 246, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 246, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 280, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_force);
 
   /* function exit code */
@@ -9698,17 +10639,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":256
+  /* "ivshmem/channel/records.pyx":290
  *     cdef ivshmem_channel channel
  *     cdef int code
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":257
+  /* "ivshmem/channel/records.pyx":291
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9717,7 +10658,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":258
+    /* "ivshmem/channel/records.pyx":292
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
@@ -9725,7 +10666,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         <bytes>record.name
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9744,14 +10685,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 258, __pyx_L1_error)
+    __PYX_ERR(0, 292, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":257
+    /* "ivshmem/channel/records.pyx":291
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9760,7 +10701,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":259
+  /* "ivshmem/channel/records.pyx":293
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9778,20 +10719,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/records.pyx":260
+  /* "ivshmem/channel/records.pyx":294
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name             # <<<<<<<<<<<<<<
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
 */
-  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_4);
   #if CYTHON_VECTORCALL
 
-  /* "ivshmem/channel/records.pyx":261
+  /* "ivshmem/channel/records.pyx":295
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -9804,13 +10745,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 261, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 261, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -9820,18 +10761,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 261, __pyx_L1_error)
-  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   __pyx_t_6 = __pyx_t_7;
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/records.pyx":259
+  /* "ivshmem/channel/records.pyx":293
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9841,7 +10782,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":262
+    /* "ivshmem/channel/records.pyx":296
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9849,7 +10790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *     code = ivshmem_remove(&membership.member, &channel, force)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9868,14 +10809,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 262, __pyx_L1_error)
+    __PYX_ERR(0, 296, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":259
+    /* "ivshmem/channel/records.pyx":293
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9884,7 +10825,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":263
+  /* "ivshmem/channel/records.pyx":297
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -9893,7 +10834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/records.pyx":264
+  /* "ivshmem/channel/records.pyx":298
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
@@ -9902,7 +10843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":265
+  /* "ivshmem/channel/records.pyx":299
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9914,7 +10855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":266
+    /* "ivshmem/channel/records.pyx":300
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9922,7 +10863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         raise ChannelError(
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 300, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9941,14 +10882,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 266, __pyx_L1_error)
+    __PYX_ERR(0, 300, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":265
+    /* "ivshmem/channel/records.pyx":299
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9957,7 +10898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":267
+  /* "ivshmem/channel/records.pyx":301
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -9969,7 +10910,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":268
+    /* "ivshmem/channel/records.pyx":302
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -9977,17 +10918,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *             " only if you know that none of them stores into its memory any more)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 268, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/records.pyx":269
+    /* "ivshmem/channel/records.pyx":303
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 269, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_4;
@@ -10001,7 +10942,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 269, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_5 = 1;
@@ -10022,14 +10963,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 268, __pyx_L1_error)
+    __PYX_ERR(0, 302, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":267
+    /* "ivshmem/channel/records.pyx":301
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10038,7 +10979,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":272
+  /* "ivshmem/channel/records.pyx":306
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -10050,19 +10991,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":273
+    /* "ivshmem/channel/records.pyx":307
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 273, __pyx_L1_error)
+    __PYX_ERR(0, 307, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":272
+    /* "ivshmem/channel/records.pyx":306
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -10071,15 +11012,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":274
+  /* "ivshmem/channel/records.pyx":308
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":246
+  /* "ivshmem/channel/records.pyx":280
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -10992,14 +11933,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts)) __PYX_ERR(0, 146, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
@@ -11025,14 +11966,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 153, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -11058,14 +11999,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 203, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -11091,14 +12032,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 254, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -11638,7 +12579,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * 
  * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError             # <<<<<<<<<<<<<<
  * from ..memory.sizes import format_size
- * 
+ * from ..text import plain, quoted
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelExists,__pyx_mstate_global->__pyx_n_u_NoSuchChannel,__pyx_mstate_global->__pyx_n_u_RegionError};
@@ -11661,8 +12602,8 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * 
  * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
  * from ..memory.sizes import format_size             # <<<<<<<<<<<<<<
+ * from ..text import plain, quoted
  * 
- * KINDS = {
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_format_size};
@@ -11681,71 +12622,95 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":20
+  /* "ivshmem/channel/records.pyx":18
+ * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+ * from ..memory.sizes import format_size
+ * from ..text import plain, quoted             # <<<<<<<<<<<<<<
+ * 
+ * KINDS = {
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain,__pyx_mstate_global->__pyx_n_u_quoted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain,__pyx_mstate_global->__pyx_n_u_quoted};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 18, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 18, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/records.pyx":21
  * 
  * KINDS = {
  *     "messages": IVSHMEM_MESSAGES,             # <<<<<<<<<<<<<<
  *     "queue": IVSHMEM_QUEUE,
  *     "value": IVSHMEM_VALUE,
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 20, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MESSAGES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MESSAGES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_messages, __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_messages, __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":21
+  /* "ivshmem/channel/records.pyx":22
  * KINDS = {
  *     "messages": IVSHMEM_MESSAGES,
  *     "queue": IVSHMEM_QUEUE,             # <<<<<<<<<<<<<<
  *     "value": IVSHMEM_VALUE,
  *     "calls": IVSHMEM_CALLS,
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_QUEUE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_QUEUE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_queue, __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_queue, __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":22
+  /* "ivshmem/channel/records.pyx":23
  *     "messages": IVSHMEM_MESSAGES,
  *     "queue": IVSHMEM_QUEUE,
  *     "value": IVSHMEM_VALUE,             # <<<<<<<<<<<<<<
  *     "calls": IVSHMEM_CALLS,
  *     "bytes": IVSHMEM_BYTES,
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_VALUE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_VALUE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_value, __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_value, __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":23
+  /* "ivshmem/channel/records.pyx":24
  *     "queue": IVSHMEM_QUEUE,
  *     "value": IVSHMEM_VALUE,
  *     "calls": IVSHMEM_CALLS,             # <<<<<<<<<<<<<<
  *     "bytes": IVSHMEM_BYTES,
  * }
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_CALLS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_CALLS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_calls, __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_calls, __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":24
+  /* "ivshmem/channel/records.pyx":25
  *     "value": IVSHMEM_VALUE,
  *     "calls": IVSHMEM_CALLS,
  *     "bytes": IVSHMEM_BYTES,             # <<<<<<<<<<<<<<
  * }
  * _NAMES = {number: name for name, number in KINDS.items()}
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BYTES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BYTES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_KINDS, __pyx_t_2) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_KINDS, __pyx_t_2) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":26
+  /* "ivshmem/channel/records.pyx":27
  *     "bytes": IVSHMEM_BYTES,
  * }
  * _NAMES = {number: name for name, number in KINDS.items()}             # <<<<<<<<<<<<<<
@@ -11753,16 +12718,16 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * OVERFLOW = {
 */
   { /* enter inner scope */
-    __pyx_t_2 = PyDict_New(); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 26, __pyx_L4_error)
+    __pyx_t_2 = PyDict_New(); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 27, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_t_3 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_KINDS); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 26, __pyx_L4_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_KINDS); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 27, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_7);
     if (unlikely(__pyx_t_7 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 26, __pyx_L4_error)
+      __PYX_ERR(0, 27, __pyx_L4_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_7, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 26, __pyx_L4_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_7, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_5), (&__pyx_t_6)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 27, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -11771,7 +12736,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
     while (1) {
       __pyx_t_9 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_5, &__pyx_t_3, &__pyx_t_8, &__pyx_t_7, NULL, __pyx_t_6);
       if (unlikely(__pyx_t_9 == 0)) break;
-      if (unlikely(__pyx_t_9 == -1)) __PYX_ERR(0, 26, __pyx_L4_error)
+      if (unlikely(__pyx_t_9 == -1)) __PYX_ERR(0, 27, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name);
@@ -11782,7 +12747,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
       __Pyx_DECREF_SET(__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number, __pyx_t_7);
       __Pyx_GIVEREF(__pyx_t_7);
       __pyx_t_7 = 0;
-      if (unlikely(PyDict_SetItem(__pyx_t_2, __pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number, __pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name))) __PYX_ERR(0, 26, __pyx_L4_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_2, __pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number, __pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name))) __PYX_ERR(0, 27, __pyx_L4_error)
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_GOTREF(__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name);
@@ -11798,181 +12763,181 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
     goto __pyx_L1_error;
     __pyx_L7_exit_scope:;
   } /* exit inner scope */
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAMES, __pyx_t_2) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAMES, __pyx_t_2) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":27
+  /* "ivshmem/channel/records.pyx":28
  * }
  * _NAMES = {number: name for name, number in KINDS.items()}
  * OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}             # <<<<<<<<<<<<<<
  * OVERFLOW = {
  *     "overwrite": IVSHMEM_OVERWRITE,
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_TIMES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_TIMES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_times, __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_times, __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_RING_ALWAYS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_RING_ALWAYS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ring_always, __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ring_always, __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OPTIONS, __pyx_t_2) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OPTIONS, __pyx_t_2) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":29
+  /* "ivshmem/channel/records.pyx":30
  * OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}
  * OVERFLOW = {
  *     "overwrite": IVSHMEM_OVERWRITE,             # <<<<<<<<<<<<<<
  *     "block": IVSHMEM_BLOCK,
  *     "discard": IVSHMEM_DISCARD,
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_OVERWRITE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_OVERWRITE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_overwrite, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_overwrite, __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":30
+  /* "ivshmem/channel/records.pyx":31
  * OVERFLOW = {
  *     "overwrite": IVSHMEM_OVERWRITE,
  *     "block": IVSHMEM_BLOCK,             # <<<<<<<<<<<<<<
  *     "discard": IVSHMEM_DISCARD,
  * }
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BLOCK); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BLOCK); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_block, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_block, __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":31
+  /* "ivshmem/channel/records.pyx":32
  *     "overwrite": IVSHMEM_OVERWRITE,
  *     "block": IVSHMEM_BLOCK,
  *     "discard": IVSHMEM_DISCARD,             # <<<<<<<<<<<<<<
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_DISCARD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_DISCARD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_discard, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_discard, __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OVERFLOW, __pyx_t_2) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OVERFLOW, __pyx_t_2) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":33
+  /* "ivshmem/channel/records.pyx":34
  *     "discard": IVSHMEM_DISCARD,
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1             # <<<<<<<<<<<<<<
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":34
+  /* "ivshmem/channel/records.pyx":35
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":54
+  /* "ivshmem/channel/records.pyx":55
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 54, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 54, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":61
+  /* "ivshmem/channel/records.pyx":62
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":75
+  /* "ivshmem/channel/records.pyx":76
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
  *     """Create a channel; return the number of its record.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":137
+  /* "ivshmem/channel/records.pyx":166
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
  *     """Return the facts of the channel of that name.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 137, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 137, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":155
+  /* "ivshmem/channel/records.pyx":189
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return the facts of all channels."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":246
+  /* "ivshmem/channel/records.pyx":280
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
  *     """Remove a channel, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 246, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -12046,7 +13011,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":122
+  /* "ivshmem/channel/records.pyx":151
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
@@ -12055,7 +13020,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -12096,41 +13061,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{9},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{110},{192},{376},{2},{2}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{8},{31},{9},{75},{134},{1},{2},{20},{10},{10},{38},{38},{1},{34},{11},{1},{4},{179},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{46},{192},{387},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1535 bytes) */
-static const char cstring[] = "x\332eT\317s\323F\024&CLLb\240nC\023\030\246\254I\247\t\024\314xJ\n\244\014LH\034~\225$\216\0232\364\"\326\322\312^,\357\312\332\225\035\347\300\344\250\243\216:\352\250\243\217>\372\310\321G\037\371\023\372\047\364\255$\273\231\3013\336_zo\337\367\276\367\275E\330r\0106z\010;\004\231\016!\2102\304\031A6%:Ak\334A\330\262\020\302\022\265\270\220\010\351\r\314\030\261\004\"\047\024\366\262\001_\250D:f\250\201;\344\356_\350\023\355\210F\213\264&\246\310\022\237\220\005\306\002uck\001^\004\302\301\002\202\271\202l|\357C\231\311?!\201{\002\325z\340G\365\006\262\035\256\023!\210@k&wtp\343\314\352!j\242\036wQ\223\361n\002\207)\374\334TQZHH\356\020\025Hr\300)\020\004\341\016\244\313z\220\220C\356\336\207\245\221Z+\022\360\252@\305\r\204Q\235\360\026\221`*S\320\214K\305\005\357\022c\003m\250\244%n\302\325/v\271$\211\325VO68S\306\006\261h\2158X\022@(\244CuI\034e\304\320~y\377\301\243\047\217\342\270\016\371Lt@%\334\232n\34187\200Rs\251%\201\032\331\263\211(\2427I\202\214\020\003A\0266\330\235w\000\340\014\t\"\343\014V\201>.\261\244\234i\340NY}\025\031\324\201 \264C\224\367\016\266\004)b\303\320\300\216L\3506\250\3005\213\020\246\306\272NE\2622\322\262\024\211\343pGLv\t\207EAO\311\344\354az\323C\010\305\035C\024\355\336\t\343\310\341\274\205\240X\323\272*\214\016\251\323\204\245\026\266mHJ\031(\025\002\332\270\244\033\300\365\324C)\253\246\234Z\274C\214\251r\360\324`+\231\313\n\342d\255\264)\336\275\331\335\256\356n\276/k/?\036\226\253\273\274\352\352\215\324bo\377\360\315\336nu\357C\371`\347\357\275\343\203\030R|\305\341\307\375\324AS\276UM\333\357\235\300\177\033J\250\355\222\023y@LMKi&\032\374L\227\351jna\312\342\231\033\256\025\177a\270\025\317@\206\326\221\212Q\265k\273\330\232|\221DH\230\250\320\2006\356B\325\211\342\204\031J\212X\364\230Nyq\372I\324\260\336\024P\367\206Cl\013\353\244Fe\315\342z\263\326\203\213tP\247HY\321-0\327\000\217t\224\031\270\351\026\027D\r\300\262\316\r(\023\330\351J(B\207X\240\205x4\324\027\003*\017\3279\006aj\223\214F\"\002\023\203`\213\317 *(""\351y\261N\0309\261\035\2232#nJ\030ZXjJ\033&w\341\020\336\224zj4i\251:\221u\350Q\n>\360\212H\322\232*+E_LU\324\004\013\013\203\370\245E[T\252G\004\320[\0343\001\326\320_\242A\355\363jl\301\373\200\3530\303[\305\024\307\020Wr\340\223\333q\246 !\307\204\026Vs\327\201\3206t\0021ln\333n\r\256o\020\243\355\022\227(5\302\355\251(\0234\211\002S\342\0358\326\260\325\205\007Ji\034\372\305\200\0264\210\211]K\nj\021&\223\3668%\0327\005\264\226-,.\205P\242Q\357\006\223\200L6\034\336\225\024H\201\277\306\204\232\324c\001\003\264\276\313\200\325\030\223\313\250T\177\341\332\006\370\273*\307\357J\320\301\226K\342At(\351\2128?\047\236\000\354\331\314\267\331_\002\034\234FK\375\231\361\354mX\344\307\263W=\323\337\034\317f\275\254\237\361+\276\021\024\306\331\205\321\302\355\240\035^\n\255~\241_\352o\017.\017\027\207\377|uF\225\352\250z4:\3720\316-\202S\356g\037\373\235\240\362-\367\223_\032\317.x\217\274.\\\260\026\026\222P\315(\037\025\276\301\371\023\377EX\010K\341V\330\216\256\364?\014Jg3\377f/d\256%\241s^\034?\343\035\371\005\177#8\016\313\200KaP`\333\341|\264\332_\032\\\034\224\006\257\207[\303\266\212J\202R\260\031T\306\020\367qP\010\326\303\231\360VT\211\3608\227\367\227\202\231 \257\300\250 ?\\\310\334\014\026\341\312\315\3608\332\234&;w&\274\202\367\324\177\351\343q\366\252\207\275\023_\250\274\223\345\227\360c\244\367\363}E\204\367\314o\303\2057\303\307\200by\220\037\254\rW\206q\340u\025\007\234f\347\275\007\312\006\242-NS\232;;\365\227\001\006\334\330L\254\346Fs7\001j)x\033\326\243\343\376\2538\235\315q\366\232\327\361+\343\014p\340\035\373\357\002\021\3060Z*\301\361\354r\034\343.0\3676\252\367\217\007\233\203\212\312\354\271\2722\330\000\2308\352\rfT8\327\333\362\332\347<\317\235X\020>\256T\373\337K\0272\331\263\370\360s\220\t*\201\031\356D\005\305\n\365\333\t\376\353\n\375\215\204\262)]\363@V\311{\355o\371\335\000\047\333?\201\347\253!\215\204\022\310\371#3\332\212\332J^\363\336}\277\031\346\303\230\241\337\375\303`9\314\2532_\366\257+,*\363/\000A\311\361F|\t\220\275""\356_\004!\345\256\214\2639o\007\304\3608X\t\016\200\223{\321\253\376\323\301\313A}x\000\002\370?\271\204\274t\377%\250\206\231\260\032\315\2444\214n\225\342\"\236\347\242\356\037\007\333\240\226\274\362\355&8\362\000\250\006t\250@+\341Qt\007\2042\241\355NX\030\255\254\367+\375\3460?\204\3755\257\355/\000\303\345\360\307\321\312\037\320\032\357\006\355a&F\225[\002\025\314\207\253\321\365\010\047DO\243~\216\025T\032\375\372\376k\345kL\340=\277\0145\374\r:\014\373P\313\377\000\033Q\261H";
-    PyObject *data = __Pyx_DecompressString(cstring, 1535, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1592 bytes) */
+static const char cstring[] = "x\332mT\317o\333F\026\256Q\273Qm5\201\272\311&-\212\355\250\331\326I7U 4i\273\336\242\205\3538m\232\326\261,;F\366\302\214\310\2414\0219#q\206\222\225\005\212\034y\344\221G\036y\324QG\035s\324Q\307\374\t\375\023\366\033\222\326\272\350\n\320\374\342{\363\276\367\275\357\r\2715\010\244\315\224\"\204z\001\243\316\204\320\200\0217`\214pA\244`d\300\231\315\310-\031\300\302\203\231&\276T\232\020\273G\205`\236\"\354\214c\257{\370\3025\261\251 =:b\267\377E\236\363\221\352\371\314?7%\236zN<\030+2\316\255\025\274\030\302a\201`\241b;\177\366\341\302\225\317\211\242\023E:\023\370q\273GJ\314L\221[\256\014l\270I\341M\010w\311D\206\244/\344\270\200#\014~\351\232(>QZ\006\314\004\322\0228\025A\020\031 ]1AB\001\273}\373\016\271\203\235S:\030\036\350\266\302\231O\035fb\3371\010\235?\256\204\354Hg\362\177`\007>\254\n\264TH\223\3469j\223\355\213\020\214\371\264\317E\267\261C(\3512\3513\r4\272\344\005.\206n9f\316\016\3311\274j\332\007\372\357\017\220\322\201\324\254\260\334\233\350\236\024\306\301a\036\357\260\200j\006\"\224\016\270\255\021\022F\202\034\356\037~q\357\233{yn\001{\301l$\257\302\216\355\321\234B\244\333\t\271\247Q\001=\0310\325 \217\n\036\005C\216 k\000\273\213\016HF\020\305t\316\3226\322\225\232j.\205\005w$\264M\034\036 \010\0371\343\375\220z\2125\236#\262/G\206\177MWL\3449\364\250\"\036s5u\034\013W\261s\006\035\256h\307cL\230\261ksU\254\234\222\351\006\013\002\031\250\363]Q\315\206\342/\331\352L\2633]\256\357\226\267\336\0052\0318\2521\230\234\tI\002)}\002\t\255\3126\360\250\315\362\304\002\326\345\005\265>\035\014\300\20413\035\202\024s\271\355\240H+?\243\372\016+\223tV\252\246+\203\275b\3367\240\317\327\246o\324\343G\007\017\332\007\273\277\356[?<;\336o\037\310vh\367J\213\047\207\307\217\236\034\264\237<\335?z\370\313\223\323\243\034R~\305\361\263\303\322\3012\276m\313:\234\234\341\377\000u\267\016\220\367\021s-\253\254\r\263\360sCa\233\331\247\\\344\263tB/\377\"\250\237\317\240\304\032i\303\261\331\rC\352\235\177\321LiL\\Y O\206\220\n3\234\010\307\364\010U\023as\331X}""R\035j\367\025\304\322\013X\316g\207\353\216\047\355~g\202\213l\310Z\225\254\330\036\314-\340\321\2011\203\233\355I\305\314\000\226m\351\240X\260\263\215\272\224\215XPG>:\346\213\003-\340\272\300a\302l\212\321)d\341R\250\274\361-\242B~\3375\272L\260\263A\340r\341\344\017\006\006\237j\313\250\305\225!\016\361\336uK\243\363^\3542\335E\263q\370\340\205\323\314_\351\252D\337(\265\204.v<\212\216\321\036\367\2716\017\034\320{\222\n\005k4\245\352\361\301E}\372\320>\355b\306;*\014\307\210\253%\370\224\203<SH(p\321\373f\036\007\010\235\263\2500r1\220\203A\330A\214\036s\206!\013\3310D\3178F\230\010T\352\263\000V\210\261\254A\200c\213zc\274\243F\364h&\007-\3540\227\206\236V\334cB\027\275\363\222Y\322U\350\273\201\362\244V\312\350\307\274=\302t\223\356\005r\2549\370\301\337\022\312L\346\261\301\200\247#\024 8G\026\n\256\315_\205\003\007\376\241I\367O\325\030Q/d\371\240F\234\215U\236j\220O\000\373j\355\315\372\337\022\232\274\314\256O\327\226\353\037cQ[\256_\216\334xw\271^\211*\361F\334\212\235\244\276\254l-\266>N\206\351;\2517\255O\233\323\007\263w\347W\347\377~\035,Z\355E\373dq\362tY\275\n\247\352_c\032\217\222\326\233\352_\342\346r}+\272\027\215q\301\255\264^\204\352g\265\254\376\006\347\337\304\337\247\365\264\231\356\245\303\354\275\351\323Y\363\325\332\357\225\2676\256\024\241\253Q\036\177#:\211\353\361Nr\232\356\003\227\301`\300\016\323\315l{z}\366\366\2549\373i\2767\037\232\250,i&\273Ik\211\270_\047\365\344~\272\226~\224\2652\272\254\326\342\353\311ZR3`L\220\313\253 \227^\375\007\267\177\233\214\322VJ\227\225+Q\030\357\"]\272\\\337\214\276\210\207\311\032\254\257^\260~\031\337\3005\225\313Q?\251\201\222\365K\213K\037\"T3\3719\355f\247\323\037s8\273\346\242Q\334Zn \207\3504~\234\250\264n\234|\003p\271~\303`In#\363\237\263\356\364t\266;k\031d\337\231+\223\235\364YF\263\311l\315\204\013\243\275hx\301\363\302\211\207\3609\323\303\337\337yk\243\362*?|\221l$\255\304M\037fuSB\036\017\013\374\327\014\372\017\222\253`qwU\333\315\250\0365\243\237\342\275x\234\320b\373\025x\272""\234\362L\231\002_<r\263\275lh\344\261\031\335\211\373i\r\371`\371\217\3708\271\221\326L\231\336\215\257\031,&\363\337\000\301\310\351\203\374\222\312Vt?~\033B\250\276\267\254T\243\207\240\373\353\344fr\004N>\317~\234\376s\366\303\254;?B\001\377\227\\A^\271\377-i\247\033i;[+iX|\324\234\326\246w\347\265\371\247\363\341\353\352\342\370\344\017\264t\343\323\344\001\n_3\327\214\013H5`\353\200\031\023\363fz\222}\222\355\256\030\374$\255/n\336\237\266\246}\334\210\375\225h\030o\201\354\375\364\375\305\315/\241\362\307\263\341|#\007X\275\016Al\246\333\331\265\214\026\234\257\242\276@E?L\233\213\277\377\372\272\365:\347\362\363x\037\345\374\014\315Bc\224\365\277\367\227\335\016";
+    PyObject *data = __Pyx_DecompressString(cstring, 1592, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2004 bytes) */
-static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\277sbacks\246`h\377replaceb\377itblockb}yF\000calls\231\206\004\277cline_\215\000t\371r#\0014\000close\374\001\001\221`codeco\373nn\223aonscr\257eate\000\003d\026\001d\377ediscard\323en\047\001\000\003d\377Cfa\237cts.<s\000\307`>\377.genexpr\357find\220\206\002for\357mat_\230afou\236\022\000reeg\036\004\313\205\005g\177etgonei1\000?exitem\321f\327\207\004u.\277dkS\000lay\225 \337limit\301\207\001in\377gloansme\377mbership\376\202\204\tmessage\345s\250\210\001n\372!\232\000top\257enop\217\205\001s\300`roflow\004\001wrx\000\373pa\356\000dpopp\377ublished\037queue\220\211\001[\000\216\204\004\346\316\204\003re\376a\362$r""in\377g_always\376\340\204\001sendset\377defaults\337ilent\231\205\003ze\377_ofsleep\377slotssta\333te\264\207\001nt\310`th\177rowtime\000\001\307_ns\007\001\251\207\001\222`yp\347eun\323 \217\002uni\375t\000\001supdat\363eu\340\001\362.valu\375e\000\002sviews\372\333\002r\002\002ing\200\001\377\340\004\036\230a\230z\250\277\027\260\001\330\004\037\006\000\021\377\330\004\016\210f\220A\330\377\004\010\210\010\220\005\220Q\377\220d\230!\330\010\013\320\377\013\037\230q\240\006\240l\377\260!\2601\260D\270\t\377\300\024\300Z\310r\320Q\377S\320SU\320UV\330\373\014\0242\000\014\026\220a\220\377v\230Q\340\014\023\2201\177\330\004\013\2104\210w>\000\367(\240!e\003k\250\021\250\373!\340\025\0008\220?\240!\377\2401\240C\240q\250\r\377\260V\2701\200\001\360\010\267\000\005\017u\003\014\210{\002\005\377\210U\220!\220:\230W\317\240E\250\021\177\002\251\001q\240\377\n\250\047\260\027\270\003\270\3771\270H\300C\300q\330\376s\000e\2301\230A\230Q\375\330u\0007\230!\2305\240\377\001\240\034\250Q\250a\330\177\014\021\220\027\230\001\230\324\000\373\013\210a\001\020\000\005\032\230}\024P\000A\240W\250A\344\006\377\007\200s\210!\2109\220\377B\220a\330\010\016\210a\317\210x\220s\364\001\005\003~\240\277Y\250c\260\021\260\205!\210w<\220qN\000\032\2407\203\000\377\030\270\021\270(\300#\300\362t\0025d\001\252 \004\n\210-\364 \001\320\000\024\312\006\007\200z\220\271\030\204\000Z\000k\230\021\"\001\007\367\320\007\032\250\0001\230J\240\337g\250W\260G\312\002A\330\377\010\017\210v\220Q\330\005\376\201 \210W\220K\230s\240\356\374 \016\210m\335\001\330\004\030\372_\002)\267 J\250g\260W\257\270A\270Q\343!>O\001\230\275:\244\000a\250y\270\310@\007?\200u\210C\210q\310\0013\004\362\007\010l\317@\245Bq\360\006\000\367\005\010\200\"\002j\230\005\230\177Q\230f\240F\250!\377AWi\220q\272\003\025\210a\031\255#\372\223f\n\252 1\210H\220C\337\220w\230a\330\356\000!\210}6\345 \016\240i\250s\235a\276\007\tf\250C\250q\333a\n?\210,\220k\240\021\315\000\237 \277+\220T\230\030\240\353`\010\317\210\t\220\025""\263`\251\000\017\210\351~\200\000\213\204\001\031@\002\010\013\210\3675\220\003\306`\014\r\330\010\367\014\210F\212`7\230#\230\375R\221 *\250G\2609\270_B\270g\300R\376@\004\346\006\374\267#\t\004~\230S\240\005\240wS\250\001\200$\320\0341\300B\376%\007\016\210g\220W\230D\\\253`\335`\017\210w\202\003\021\216\000\371b\214 e\001#\240U\250\"\370\246`\222`\262\"\"\240!\320#\3775\260Q\260k\300\021\300\377!\330\014\017\210q\220\013\376\372`E\240\022\320#3\260\1771\260K\270q\300\005\221\002\373\014\027\247`\n\240\047\250\025\323\250a\343#\213Fj\275b1\320\337$M\310Q\310\274\"*\220\375E\224`&\240\006\240a\220\000\234`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2004, 2435);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2088 bytes) */
+static const char cstring[] = "\377 (proces\377s  alrea\377dy are f\377ree in o\377ne piece\257 (or\037\000l$\000t\377 most  c\377hannels \367exi\r\000that\377 it can \377have); `\177ivshmem#\005\277 ls` l*\000s\373 w)\002s the\366l\000isi\001use:\376\"\017info` s\277ays by5\000i\367ch \255\004es (\357forc4\000onl\377y if you\277 know \212\002n\366\274\001ofb\001m st{or/\000into\245\000\333s \226\000or\354\000ny\376\316\000re)), ,\237 and +\003\204!a{\047s\021\000madex\001\313, \237\000d\000\007\214\001noobody\244\020rmK\000;wh\252\001ano\343\001\256\005\355 \353\000ju\277 mak\377ing.: a ?geomet\213\000\300#\363s 0\000\353!owedw: :\324!tak\355\000{?N\220@Note\333\003\277CythonN\001d\377eliberat\375e\206 strict\373er\202!n PEP\357-484\327\002rej\377ects sub\237class\300 \235 b\357uilt\354@typ\337es. I\302#ne\027ed \252 p%\000%\t\261@\337n set\271A \047\376\202`otation\371_<\000\316\000\047 dir\366b\000iv\242\000o Fa\377lse.` re7mov\374!ta\201&\257b\377has left/add_\247 e\321dC\000\177sableen\002\001\257gcis\004\003d\316d.?errors\006\005\310C\337.size\013\006te\253xt\374d/\247\204\004/\227\000o\377rds.pyxn\177o room \300`^\231\204\006plac\330!e\255\000{gi\325#mapp\207 (#\001\236\205\001\261@ \353a:\242@\321\204\006V\362\204\001be\336\004d\315\204\006a\362\204\006\305C\250\205\003E\261\001\004\005\264\205\001sK\377INDSNAME\377_BYTESNo\357Such\047\004OPT\377IONSOVER?FLOWRe\217\001>\002\327TYP*\004_8\001S_\257_Pyx\001\000D\365@_}N\365\000Ref__\225D\377e____fun\275c\004\001main\003\002owdul\025\002nam\035\002\316\220 _vt\360!,\001qu{al\022\005testA\000\377is_corou\372\250`e\220!ndare\377aasyncio\375.\022\006sbacks\356\333`hre\313\"bit\177blockbyF\000\337calls\265\207\004cloine_\215\000tr\364 \2763\001close\001\001i\377ngcodeco\373nn\310aonscr\257eate\000\003d\026\001d\377ediscard\323en\047\001\000\003d\221cfa\237cts.<s\000\374`>\377.genexpr\357find\254\207\002for\357mat_\252afou\236\022\000reeg\036\004\204\206\005g\177etgonei1\000?exitem\343f\363\210\004u.\305dkS\000lay\225 \337limit\335\210\001in\377g""loansme\377mbership\376\224\204\tmessage\345s\304\211\001n\372!\232\000top\357enop\304\205\001sov\277erflow\004\001w\271rx\000\221\204\002spl\270@p\377oppublis\377hedqueue?quoted\267\212\001f\000\360\231\204\004\337\204\003\354\205\003\375$ring\177_always\361\204\001\377sendsetd\377efaultsi\357lent\266\205\003ze_\377ofsleeps\377lotsstat\365e\370\207\001n\312\205\001thro\337wtime\000\001_n\361s\007\001\351\207\001\235`ypeuyn\336 \225\002unit\000\001\377supdateu|\353\001\375.value\000\002\277sviews\346\002r\376\002\002ing\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\021\330\004\377\016\210f\220A\330\004\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\026\220a\220v\230\377Q\340\014\023\2201\330\004\337\013\2104\210w>\000(\240\375!e\003k\250\021\250!\340\376\025\0008\220?\240!\2401\377\240C\240q\250\r\260V\377\2701\200\001\360\010\000\005\355\017u\003\014\210{\002\005\210U\377\220!\220:\230W\240E\363\250\021\177\002\251\001q\240\n\250\377\047\260\027\270\003\2701\270\277H\300C\300q\330s\000e\177\2301\230A\230Q\330u\000\3777\230!\2305\240\001\240\377\034\250Q\250a\330\014\021\337\220\027\230\001\230\324\000\013\210\272a\001\016\\\006\007\200{[\000<\377\230v\240Q\240a\330\010\337\017\210u\220A\354\000a\330\377\004\n\210-\220q\230\001\272\220\000\024#\010z\220\030D\000\010\337\016\210k\230\021\220 \004\007\367\320\007\032h\0001\230J\240_g\250W\260G\212\002AE\001\337v\220Q\330\005\301\000\210W\337\220K\230s\240\274 \016\210\335m\235\001\330\004\030\210\001\230)\376\367\000J\250g\260W\270A\353\270Q\243!>O\001\230:\240\277Y\250a\250y\270\210@\007\377\200u\210C\210q\330\010\3441\006\007\010l\217@\345\"q\360\006\357\000\005\010\200\"\002j\230\005\377\230Q\230f\240F\250!\256\277Ai\220q\272\003\025\310A\031\353\230\024\303 A\323F\n\210!\377\2101\210H\220C\220w\335\230\354\002!\2106\245 \016\240\307i\250s\335A\200!\013""\005f\250\367C\250q\233a\n\210,\220\347k\240\021\315\000\237 +\220T\367\230\030\240\253`\010\210\t\2209\025\363@\251\000\017\210~\200\000\313a\375\031@\002\010\013\2105\220\003\376\206`\014\r\330\010\014\210F\276\312@7\230#\230R\221 *\377\250G\2609\270B\270gk\300R\276@\004\346\006\017\210\271!\376\t\004~\230S\240\005\240S\373\250\001\200$\320\0341\260\021\377\260/\300\021\300%\300q\277\310\014\320TU\3300\007\016?\210g\220W\230D\366@\250`\255\017\364`a\220\274 \021\231\000b\374\227 p\001#\240U\250\"\250\366\237@\016\210\275\"\"\240!\320\277#5\260Q\260kO\000!\177\330\014\017\210q\220\013\305`\377E\240\022\320#3\2601\277\260K\270q\300\005\234\002\014\375\027\216`\n\240\047\250\025\250\351a\356#\226Fj\333`\032\2401\277\320$M\310Q\310\270b*\373\220E\237`&\240\006\240a\001\220\247`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2088, 2559);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2435 bytes) */
-static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpoppublishedqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004""\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\240W\250A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025""\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2559 bytes) */
+static const char bytes[] = " (process  already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more)), , and of the area\047s , made by , used by , used by nobody: `ivshmem channel rm , which another process is just making.: a geometry that is not allowed: : it takes ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330""\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\016\000\005\017\210f\220A\330\004\007\200{\220!\220<\230v\240Q\240a\330\010\017\210u\220A\220Q\220a\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260/\300\021\300%\300q\310\014\320TU\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220""\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 133; i++) {
+    for (int i = 0; i < 147; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12138,8 +13103,8 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 133; i < 141; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-133].length;
+    for (int i = 147; i < 155; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-147].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12149,14 +13114,14 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 141; i++) {
+    for (Py_ssize_t i = 0; i < 155; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 133;
+      PyObject **table = stringtab + 147;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12231,7 +13196,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 8;
+    unsigned int first_line : 9;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -12251,42 +13216,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 124};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 153};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 220};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 254};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 54};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 55};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_g, __pyx_mstate->__pyx_n_u_layout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_size_of, __pyx_mstate->__pyx_kp_b_iso88591_k_8_1Cq_V1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 61};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_area, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_free, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_room, __pyx_mstate->__pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 13, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 75};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 13, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_encoded, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_units, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 137};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_padded, __pyx_mstate->__pyx_n_u_encoded};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_WAWA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_vQa_uAQa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 155};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_channel_2};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 246};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -14185,6 +15150,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
     return result;
 }
 
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
+}
+
 /* JoinPyUnicode */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
 #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
@@ -15053,6 +16025,438 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t val
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
+
+/* PyObjectCompare */
+#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
+static int __Pyx_PyObject_CompareFloatIntBoolEq(PyObject *op1, PyObject *op2) {
+    double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
+    #endif
+    #if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsCompact(op2)) {
+        Py_ssize_t iop2 = __Pyx_PyLong_CompactValue(op2);
+        if (float_op1 == ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int sign2 = __Pyx_PyLong_Sign(op2);
+        if (float_op1 >= 0.) {
+            if (sign2 < 0) goto __pyx_return_false;
+            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        } else {
+            if (sign2 > 0) goto __pyx_return_false;
+            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        }
+    }
+    #else
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int overflow2;
+        long iop2 = PyLong_AsLongAndOverflow(op2, &overflow2);
+        if (likely(!overflow2)) {
+            if ((long long) iop2 >= (1LL << 53)) {
+                overflow2 = 1;
+            } else if ((long long) iop2 <= - (1LL << 53)) {
+                overflow2 = -1;
+            } else {
+                if (float_op1 == ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+            }
+        }
+        if (overflow2 > 0) {
+            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_false;
+        } else {
+            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_false;
+        }
+    }
+    #endif
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#if CYTHON_USE_PYLONG_INTERNALS
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
+    Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
+    if (cmp == 0) {
+        Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
+        if (size > 0) {
+            const digit* digits1 = __Pyx_PyLong_Digits(op1);
+            const digit* digits2 = __Pyx_PyLong_Digits(op2);
+            if (size == 1) {
+                cmp = (Py_ssize_t) digits1[0] - (Py_ssize_t) digits2[0];
+            } else if ((size == 2) && (8 * sizeof(Py_ssize_t) >= 2 * PyLong_SHIFT)) {
+                cmp = (Py_ssize_t) (((((size_t)digits1[1]) << PyLong_SHIFT) | (size_t)digits1[0])) - (Py_ssize_t) (((((size_t)digits2[1]) << PyLong_SHIFT) | (size_t)digits2[0]));
+            } else {
+                for (Py_ssize_t i=size-1; i >= 0 && !cmp; --i) {
+                    cmp = (Py_ssize_t) digits1[i] - (Py_ssize_t) digits2[i];
+                }
+            }
+        }
+        if (cmp == 0) return 1;
+        if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
+    }
+    return 0;
+}
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntEq(PyObject *op1, PyObject *op2) {
+    int result = __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
+    if (unlikely(result == -1)) return NULL;
+    return __Pyx_NewRef(result ? Py_True : Py_False);
+}
+#endif
+#else
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
+    int overflow1, overflow2;
+    long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
+    long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
+    if (likely(!(overflow1 | overflow2))) {
+        if (iop1 == iop2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else if (overflow1 != overflow2) {
+        if (overflow1 == overflow2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+    }
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op2 == Py_None)) {
+        if (op1 == Py_None) goto __pyx_return_true; else goto __pyx_richcmp;
+    }
+    if (op1 == op2) goto __pyx_return_true;
+    if (PyFloat_CheckExact(op1)) {
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareFloatIntBoolEq(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    if (likely(PyLong_CheckExact(op1))) {
+        if (op1 == op2) goto __pyx_return_true;
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+
+/* GettItemInt_wraparound (used by GetItemInt) */
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static int __Pyx_GetItemInt_wraparound(PyObject *o, PySequenceMethods *sm, Py_ssize_t *i) {
+    assert(*i < 0);
+    if (likely(sm->sq_length)) {
+        Py_ssize_t l = sm->sq_length(o);
+        if (likely(l >= 0)) {
+            *i += l;
+        } else {
+            if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+                return -1;
+            PyErr_Clear();
+        }
+    }
+    return 0;
+}
+#endif
+
+/* GetItemInt */
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j) {
+    PyObject *r;
+    if (unlikely(!j)) return NULL;
+    r = PyObject_GetItem(o, j);
+    Py_DECREF(j);
+    return r;
+}
+static PyObject *__Pyx_GetItemInt_Generic_size(PyObject *o, Py_ssize_t i) {
+    return __Pyx_GetItemInt_Generic(o, PyLong_FromSsize_t(i));
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyList_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    return __Pyx_PyList_GetItemRef(o, wrapped_i);
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyList_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_PyList_GET_ITEM_REF(o, wrapped_i, unsafe_shared);
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_LIMITED_API
+    return PySequence_ITEM(o, wrapped_i);
+    #else
+    if (unlikely(wrapped_i < 0)) {
+        PyErr_SetString(PyExc_IndexError, "tuple index out of range");
+        return NULL;
+    }
+    return PySequence_GetItem(o, wrapped_i);
+    #endif
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyTuple_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_NewRef(__Pyx_PyTuple_GET_ITEM(o, wrapped_i));
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast_mapping(PyObject *o, binaryfunc getitem, Py_ssize_t i) {
+    PyObject *r, *key = PyLong_FromSsize_t(i);
+    if (unlikely(!key)) return NULL;
+    r = getitem(o, key);
+    Py_DECREF(key);
+    return r;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_ASSUME_SAFE_SIZE
+    if (PyList_CheckExact(o)) {
+        return __Pyx_GetItemInt_List_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    if (PyTuple_CheckExact(o)) {
+        return __Pyx_GetItemInt_Tuple_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #endif
+#else
+    if ((!wraparound || i >= 0) & PyList_CheckExact(o)) {
+        return boundscheck ? __Pyx_PyList_GetItemRef(o, i) : __Pyx_PyList_GET_ITEM_REF(o, i, unsafe_shared);
+    } else
+#endif
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+    if (PyDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyDict_Type.tp_as_mapping->mp_subscript, i);
+    #if defined(PyFrozenDict_CheckExact)
+    } else if (PyFrozenDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyFrozenDict_Type.tp_as_mapping->mp_subscript, i);
+    #endif
+    } else
+    {
+        PyTypeObject *obj_type = Py_TYPE(o);
+        int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
+        if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (mm && mm->mp_subscript)
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+        PySequenceMethods *sm = obj_type->tp_as_sequence;
+        if (likely(sm && sm->sq_item)) {
+            if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
+                return NULL;
+            return sm->sq_item(o, i);
+        }
+        if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (likely(mm && mm->mp_subscript))
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+    }
+#else
+    if (!PyMapping_Check(o)) {
+        return PySequence_GetItem(o, i);
+    }
+#endif
+    (void)wraparound;
+    (void)boundscheck;
+    return __Pyx_GetItemInt_Generic_size(o, i);
+}
+
+/* PyObjectCompare */
+#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
+#define __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
+static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolNe(PyObject* s1, PyObject* s2) {
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
+    int result = PyUnicode_Equal(s1, s2);
+    #if !CYTHON_COMPILING_IN_CPYTHON
+    if (unlikely(result == -1)) return -1;
+    #endif
+    if (result != 0) goto __pyx_return_false; else goto __pyx_return_true;
+    #else
+    int result = PyUnicode_Compare(s1, s2);
+    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
+    if (result != 0) goto __pyx_return_true; else goto __pyx_return_false;
+    #endif
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_object_str(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op2 == Py_None)) {
+        if (op1 == Py_None) goto __pyx_return_false; else goto __pyx_richcmp;
+    }
+    if (PyFloat_CheckExact(op1)) {
+        goto __pyx_richcmp;
+    }
+    if (PyLong_CheckExact(op1)) {
+        if (op1 == op2) goto __pyx_return_false;
+        goto __pyx_richcmp;
+    }
+    
+    if (likely(PyUnicode_CheckExact(op1))) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareStrStrBoolNe(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_NE);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+
+/* pyfrozenset_new (used by py_set_discard_unhashable) */
+static PyObject* __Pyx_PyFrozenSet_New(PyObject* it) {
+    PyObject* result;
+    if (PyFrozenSet_CheckExact(it)) {
+        Py_INCREF(it);
+        return it;
+    }
+    result = PyFrozenSet_New(it);
+    if (unlikely(!result)) {
+        return NULL;
+    }
+    if ((__PYX_LIMITED_VERSION_HEX >= 0x030A0000)
+#if CYTHON_COMPILING_IN_LIMITED_API
+        || likely(__Pyx_get_runtime_version() >= 0x030A0000)
+#endif
+        )
+        return result;
+    Py_ssize_t size = __Pyx_PySet_GET_SIZE(result);
+    if (likely(size > 0))
+        return result;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(size < 0)) {
+        Py_DECREF(result);
+        return NULL;
+    }
+#endif
+    Py_DECREF(result);
+    return PyFrozenSet_New(NULL);
+}
+
+/* py_set_discard_unhashable (used by py_set_discard) */
+static int __Pyx_PySet_DiscardUnhashable(PyObject *set, PyObject *key) {
+    PyObject *tmpkey;
+    int rv;
+    if (likely(!PySet_Check(key) || !PyErr_ExceptionMatches(PyExc_TypeError)))
+        return -1;
+    PyErr_Clear();
+    tmpkey = __Pyx_PyFrozenSet_New(key);
+    if (tmpkey == NULL)
+        return -1;
+    rv = PySet_Discard(set, tmpkey);
+    Py_DECREF(tmpkey);
+    return rv;
+}
+
+/* py_set_discard */
+static CYTHON_INLINE int __Pyx_PySet_Discard(PyObject *set, PyObject *key) {
+    int found = PySet_Discard(set, key);
+    if (unlikely(found < 0)) {
+        found = __Pyx_PySet_DiscardUnhashable(set, key);
+    }
+    return found;
+}
+
 /* PyObjectCallMethod0 (used by dict_iter_common) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
 #if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
@@ -15665,145 +17069,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
     return PyList_Append(list, x);
 }
 #endif
-
-/* PyObjectCompare */
-#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
-#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
-static int __Pyx_PyObject_CompareFloatIntBoolEq(PyObject *op1, PyObject *op2) {
-    double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
-    #if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
-    #endif
-    #if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsCompact(op2)) {
-        Py_ssize_t iop2 = __Pyx_PyLong_CompactValue(op2);
-        if (float_op1 == ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
-    }
-    if (unlikely(!__Pyx_isfinite(float_op1))) {
-        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
-    } else {
-        int sign2 = __Pyx_PyLong_Sign(op2);
-        if (float_op1 >= 0.) {
-            if (sign2 < 0) goto __pyx_return_false;
-            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
-        } else {
-            if (sign2 > 0) goto __pyx_return_false;
-            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
-        }
-    }
-    #else
-    if (unlikely(!__Pyx_isfinite(float_op1))) {
-        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
-    } else {
-        int overflow2;
-        long iop2 = PyLong_AsLongAndOverflow(op2, &overflow2);
-        if (likely(!overflow2)) {
-            if ((long long) iop2 >= (1LL << 53)) {
-                overflow2 = 1;
-            } else if ((long long) iop2 <= - (1LL << 53)) {
-                overflow2 = -1;
-            } else {
-                if (float_op1 == ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
-            }
-        }
-        if (overflow2 > 0) {
-            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_false;
-        } else {
-            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_false;
-        }
-    }
-    #endif
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#if CYTHON_USE_PYLONG_INTERNALS
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
-    Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
-    if (cmp == 0) {
-        Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
-        if (size > 0) {
-            const digit* digits1 = __Pyx_PyLong_Digits(op1);
-            const digit* digits2 = __Pyx_PyLong_Digits(op2);
-            if (size == 1) {
-                cmp = (Py_ssize_t) digits1[0] - (Py_ssize_t) digits2[0];
-            } else if ((size == 2) && (8 * sizeof(Py_ssize_t) >= 2 * PyLong_SHIFT)) {
-                cmp = (Py_ssize_t) (((((size_t)digits1[1]) << PyLong_SHIFT) | (size_t)digits1[0])) - (Py_ssize_t) (((((size_t)digits2[1]) << PyLong_SHIFT) | (size_t)digits2[0]));
-            } else {
-                for (Py_ssize_t i=size-1; i >= 0 && !cmp; --i) {
-                    cmp = (Py_ssize_t) digits1[i] - (Py_ssize_t) digits2[i];
-                }
-            }
-        }
-        if (cmp == 0) return 1;
-        if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
-    }
-    return 0;
-}
-#endif
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntEq(PyObject *op1, PyObject *op2) {
-    int result = __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
-    if (unlikely(result == -1)) return NULL;
-    return __Pyx_NewRef(result ? Py_True : Py_False);
-}
-#endif
-#else
-#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
-static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
-    int overflow1, overflow2;
-    long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
-    long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
-    if (likely(!(overflow1 | overflow2))) {
-        if (iop1 == iop2) goto __pyx_return_true; else goto __pyx_return_false;
-    } else if (overflow1 != overflow2) {
-        if (overflow1 == overflow2) goto __pyx_return_true; else goto __pyx_return_false;
-    } else {
-        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
-    }
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-#endif
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop) {
-    CYTHON_UNUSED_VAR(pyop);
-    if (unlikely(op2 == Py_None)) {
-        if (op1 == Py_None) goto __pyx_return_true; else goto __pyx_richcmp;
-    }
-    if (op1 == op2) goto __pyx_return_true;
-    if (PyFloat_CheckExact(op1)) {
-        if (likely(op2 != Py_None)) {
-            return __Pyx_PyObject_CompareFloatIntBoolEq(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    if (likely(PyLong_CheckExact(op1))) {
-        if (op1 == op2) goto __pyx_return_true;
-        if (likely(op2 != Py_None)) {
-            return __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    if ((0)) goto __pyx_richcmp;
-    if ((0)) goto __pyx_return_true;
-    if ((0)) goto __pyx_return_false;
-__pyx_richcmp:
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
 
 /* PyLongBinop */
 #if !CYTHON_COMPILING_IN_PYPY
@@ -16820,7 +18085,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__5);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }

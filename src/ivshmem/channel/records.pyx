@@ -15,6 +15,7 @@ import time
 
 from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
 from ..memory.sizes import format_size
+from ..text import plain, quoted
 
 KINDS = {
     "messages": IVSHMEM_MESSAGES,
@@ -76,7 +77,7 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
     """Create a channel; return the number of its record.
 
     Raises:
-        ChannelExists: there is one of that name.
+        ChannelExists: there is one of that name; the message says whose it is.
         ChannelError: no record is free, or not so much room in one piece.
         RegionError: the region is mapped for reading only.
         ValueError: a geometry that is not allowed.
@@ -98,7 +99,7 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
     if code == 0:
         return record.index
     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
-        raise ChannelExists(f"there is a channel {name!r} already")
+        raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
     if code == IVSHMEM_NO_ROOM:
         unit, units, most = room(membership)
         size = size_of(geometry)
@@ -112,6 +113,34 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
     if code == IVSHMEM_BAD:
         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
     raise membership.fail(code, NULL, name)
+
+
+cdef str whose(Membership membership, str name):
+    """Say who made a channel and who uses it, as far as the memory tells."""
+    cdef ivshmem_record record
+    cdef ivshmem_place maker
+    if not find_record(membership, name, &record):
+        return ", which another process is just making"
+    maker = ivshmem_place_of(record.state)
+    names = {}
+    by = "a process that has left"
+    for index, epoch, _, _, _, process, words in membership.places():
+        names[index] = f"place {index} (process {process}, {plain(words)!r})"
+        if index == maker.index and epoch == maker.epoch:
+            by = names[index]
+    found = f", made by {by}"
+    ends = usage(membership, &record)
+    users = {
+        names[end[1]]
+        for end in ends["writing"] + ends["reading"]
+        if end[2] != "gone" and end[1] in names
+    }
+    users.discard(by)
+    if users:
+        return f"{found}, used by {', '.join(sorted(users))}"
+    if by not in names.values() and not ends["connections"]:
+        return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
+    return found
 
 
 cdef dict facts(ivshmem_record *record):
@@ -141,15 +170,20 @@ def find(Membership membership not None, str name):
         NoSuchChannel: there is none; the message lists the names that are there.
     """
     cdef ivshmem_record record
+    membership.check()
+    if find_record(membership, name, &record):
+        return facts(&record)
+    raise NoSuchChannel(name)
+
+
+cdef bint find_record(Membership membership, str name, ivshmem_record *record):
     cdef char padded[IVSHMEM_CHANNEL_NAME]
     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
-    membership.check()
-    if len(encoded) < IVSHMEM_CHANNEL_NAME:
-        memset(padded, 0, IVSHMEM_CHANNEL_NAME)
-        memcpy(padded, <const char *>encoded, len(encoded))
-        if ivshmem_find(&membership.member.area, padded, &record) == 0:
-            return facts(&record)
-    raise NoSuchChannel(name)
+    if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+        return False
+    memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+    memcpy(padded, <const char *>encoded, len(encoded))
+    return ivshmem_find(&membership.member.area, padded, record) == 0
 
 
 def listing(Membership membership not None):

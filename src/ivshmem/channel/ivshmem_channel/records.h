@@ -235,8 +235,9 @@ static inline int ivshmem_record_is_named(const struct ivshmem_area *area, unsig
 
 /* Create a channel; `wanted` has name (padded with zeros), geometry, type and created.
  *
- * IVSHMEM_TAKEN: there is one of that name. IVSHMEM_AGAIN: another process is just creating one:
- * try again later. IVSHMEM_NO_ROOM: no record, or no units in a row, are free.
+ * IVSHMEM_TAKEN: there is one of that name; of which place, ivshmem_place_of tells by the state of
+ * the record that ivshmem_find finds. IVSHMEM_AGAIN: another process is just creating one: try
+ * again later. IVSHMEM_NO_ROOM: no record, or no units in a row, are free.
  */
 static inline int ivshmem_create(const struct ivshmem_member *member,
                                  struct ivshmem_record *wanted)
