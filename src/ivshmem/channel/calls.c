@@ -3127,6 +3127,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*look_after_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*whose)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
@@ -11977,7 +11978,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit). So is a reply that is too long,\n        or no buffer.\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve, "Reply to calls with what `function` returns, one after the other.\n\n        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call\n        only if it is no Exception (KeyboardInterrupt, SystemExit). The caller is told of a reply\n        that is too long, or no buffer, in the same way; this call continues.\n\n        Args:\n            function: takes a request (bytes, or what the type makes of them), returns a reply.\n            timeout: seconds without a call after which this returns; None: for ever.\n        ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve = {"serve", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_10CallServer_2serve};
 static PyObject *__pyx_pw_7ivshmem_7channel_5calls_10CallServer_3serve(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL

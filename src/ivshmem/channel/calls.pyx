@@ -364,8 +364,8 @@ cdef class CallServer(ClaimingEnd):
         """Reply to calls with what `function` returns, one after the other.
 
         What it raises is told to the caller, whose `result` raises CallFailed; it ends this call
-        only if it is no Exception (KeyboardInterrupt, SystemExit). So is a reply that is too long,
-        or no buffer.
+        only if it is no Exception (KeyboardInterrupt, SystemExit). The caller is told of a reply
+        that is too long, or no buffer, in the same way; this call continues.
 
         Args:
             function: takes a request (bytes, or what the type makes of them), returns a reply.

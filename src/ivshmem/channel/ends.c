@@ -2858,6 +2858,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*look_after_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*whose)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
@@ -8730,7 +8731,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
  *                 return code
- *             if wakeup is not None:
+ *             if deadline != INT64_MAX and now() >= deadline:
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
@@ -8747,8 +8748,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
- *             if wakeup is not None:
- *                 self.check_there()  # what woke it was perhaps the beat
+ *             if deadline != INT64_MAX and now() >= deadline:
+ *                 return code
 */
       {
 
@@ -8768,36 +8769,6 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     /* "ivshmem/channel/ends.pyx":301
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
- *             if wakeup is not None:             # <<<<<<<<<<<<<<
- *                 self.check_there()  # what woke it was perhaps the beat
- *             if deadline != INT64_MAX and now() >= deadline:
-*/
-    __pyx_t_3 = (((PyObject *)__pyx_v_wakeup) != Py_None);
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/ends.pyx":302
- *                 return code
- *             if wakeup is not None:
- *                 self.check_there()  # what woke it was perhaps the beat             # <<<<<<<<<<<<<<
- *             if deadline != INT64_MAX and now() >= deadline:
- *                 return code
-*/
-      __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/ends.pyx":301
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
- *             if wakeup is not None:             # <<<<<<<<<<<<<<
- *                 self.check_there()  # what woke it was perhaps the beat
- *             if deadline != INT64_MAX and now() >= deadline:
-*/
-    }
-
-    /* "ivshmem/channel/ends.pyx":303
- *             if wakeup is not None:
- *                 self.check_there()  # what woke it was perhaps the beat
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 return code
  * 
@@ -8810,19 +8781,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
       __pyx_t_3 = __pyx_t_6;
 
-      goto __pyx_L46_bool_binop_done;
+      goto __pyx_L45_bool_binop_done;
     }
     __pyx_t_6 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_deadline);
 
 
     __pyx_t_3 = __pyx_t_6;
 
-    __pyx_L46_bool_binop_done:;
+    __pyx_L45_bool_binop_done:;
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":304
- *                 self.check_there()  # what woke it was perhaps the beat
+      /* "ivshmem/channel/ends.pyx":302
+ *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
  * 
@@ -8834,9 +8805,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":303
- *             if wakeup is not None:
- *                 self.check_there()  # what woke it was perhaps the beat
+      /* "ivshmem/channel/ends.pyx":301
+ *                     wakeup.pause = FIRST_PAUSE
+ *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
  *                 return code
  * 
@@ -8878,7 +8849,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":306
+/* "ivshmem/channel/ends.pyx":304
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -8898,47 +8869,47 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("arm", 0);
 
-  /* "ivshmem/channel/ends.pyx":309
+  /* "ivshmem/channel/ends.pyx":307
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.check_there()             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->check_there(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":310
+  /* "ivshmem/channel/ends.pyx":308
  *         cdef int code
  *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":311
+  /* "ivshmem/channel/ends.pyx":309
  *         self.check_there()
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 309, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":312
+  /* "ivshmem/channel/ends.pyx":310
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":313
+  /* "ivshmem/channel/ends.pyx":311
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8950,14 +8921,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":314
+    /* "ivshmem/channel/ends.pyx":312
  *         self.membership.flush()
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
  *                 self.end_sleep()
  *             return self.attempt()
 */
-    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __pyx_t_3 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_2 = (!(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_3)->asleep != 0));
 
@@ -8965,7 +8936,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/ends.pyx":315
+      /* "ivshmem/channel/ends.pyx":313
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8974,7 +8945,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
       ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-      /* "ivshmem/channel/ends.pyx":314
+      /* "ivshmem/channel/ends.pyx":312
  *         self.membership.flush()
  *         if code == 0:
  *             if not self.sleeper().asleep:  # else those still sleep             # <<<<<<<<<<<<<<
@@ -8983,20 +8954,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":316
+    /* "ivshmem/channel/ends.pyx":314
  *             if not self.sleeper().asleep:  # else those still sleep
  *                 self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 316, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 314, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":313
+    /* "ivshmem/channel/ends.pyx":311
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -9005,7 +8976,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":317
+  /* "ivshmem/channel/ends.pyx":315
  *                 self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -9018,7 +8989,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":306
+  /* "ivshmem/channel/ends.pyx":304
  *                 return code
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9038,7 +9009,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":319
+/* "ivshmem/channel/ends.pyx":317
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9110,17 +9081,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":331
+        /* "ivshmem/channel/ends.pyx":329
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":332
+        /* "ivshmem/channel/ends.pyx":330
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9131,7 +9102,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":333
+          /* "ivshmem/channel/ends.pyx":331
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -9144,7 +9115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 333, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -9152,7 +9123,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":332
+          /* "ivshmem/channel/ends.pyx":330
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -9161,7 +9132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":334
+        /* "ivshmem/channel/ends.pyx":332
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9173,7 +9144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":335
+          /* "ivshmem/channel/ends.pyx":333
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -9182,41 +9153,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":336
+          /* "ivshmem/channel/ends.pyx":334
  *         if not self.watched:
  *             self.watched = True
  *             self.begin_watch()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_watch(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_watch(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":337
+          /* "ivshmem/channel/ends.pyx":335
  *             self.watched = True
  *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 337, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 335, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":338
+            /* "ivshmem/channel/ends.pyx":336
  *             self.begin_watch()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":337
+            /* "ivshmem/channel/ends.pyx":335
  *             self.watched = True
  *             self.begin_watch()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -9225,7 +9196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":334
+          /* "ivshmem/channel/ends.pyx":332
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -9234,14 +9205,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":339
+        /* "ivshmem/channel/ends.pyx":337
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int begin_watch(self) except -1:
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9256,7 +9227,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":319
+      /* "ivshmem/channel/ends.pyx":317
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9295,7 +9266,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":341
+/* "ivshmem/channel/ends.pyx":339
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9310,7 +9281,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":343
+  /* "ivshmem/channel/ends.pyx":341
  *     cdef int begin_watch(self) except -1:
  *         """Let each beat wake who watches the descriptor."""
  *         self.awaited += 1             # <<<<<<<<<<<<<<
@@ -9319,7 +9290,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
 */
   __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-  /* "ivshmem/channel/ends.pyx":344
+  /* "ivshmem/channel/ends.pyx":342
  *         """Let each beat wake who watches the descriptor."""
  *         self.awaited += 1
  *         self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9328,20 +9299,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-  /* "ivshmem/channel/ends.pyx":345
+  /* "ivshmem/channel/ends.pyx":343
  *         self.awaited += 1
  *         self.membership.watch(1)
  *         return self.membership.hurry()             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":341
+  /* "ivshmem/channel/ends.pyx":339
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -9358,7 +9329,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_watch(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":347
+/* "ivshmem/channel/ends.pyx":345
  *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9376,7 +9347,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":348
+  /* "ivshmem/channel/ends.pyx":346
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -9385,7 +9356,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9399,7 +9370,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":347
+  /* "ivshmem/channel/ends.pyx":345
  *         return self.membership.hurry()
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -9419,7 +9390,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":352
+/* "ivshmem/channel/ends.pyx":350
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9440,19 +9411,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":355
+  /* "ivshmem/channel/ends.pyx":353
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             self.enter()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 353, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":356
+  /* "ivshmem/channel/ends.pyx":354
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9461,43 +9432,43 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 356, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 354, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":357
+        /* "ivshmem/channel/ends.pyx":355
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             sleeper.check_there()
  *             code = self.begin_sleep()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":356
  *         with cython.critical_section(sleeper):
  *             self.enter()
  *             sleeper.check_there()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->check_there(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":359
+        /* "ivshmem/channel/ends.pyx":357
  *             self.enter()
  *             sleeper.check_there()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L4_error)
         __pyx_v_code = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":360
+        /* "ivshmem/channel/ends.pyx":358
  *             sleeper.check_there()
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -9506,7 +9477,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-        /* "ivshmem/channel/ends.pyx":361
+        /* "ivshmem/channel/ends.pyx":359
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -9515,7 +9486,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-        /* "ivshmem/channel/ends.pyx":362
+        /* "ivshmem/channel/ends.pyx":360
  *             sleeper.asleep += 1
  *             sleeper.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -9524,27 +9495,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-        /* "ivshmem/channel/ends.pyx":363
+        /* "ivshmem/channel/ends.pyx":361
  *             sleeper.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":364
+        /* "ivshmem/channel/ends.pyx":362
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             return code != IVSHMEM_AGAIN
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":365
+        /* "ivshmem/channel/ends.pyx":363
  *             self.membership.hurry()
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9559,7 +9530,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":356
+      /* "ivshmem/channel/ends.pyx":354
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9581,7 +9552,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":352
+  /* "ivshmem/channel/ends.pyx":350
  *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
  *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9602,7 +9573,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":367
+/* "ivshmem/channel/ends.pyx":365
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9624,19 +9595,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* "ivshmem/channel/ends.pyx":372
+  /* "ivshmem/channel/ends.pyx":370
  *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":374
+  /* "ivshmem/channel/ends.pyx":372
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9645,13 +9616,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 374, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 372, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":376
+        /* "ivshmem/channel/ends.pyx":374
  *         with cython.critical_section(sleeper):
  *             nothing = (
  *                 sleeper.usable()             # <<<<<<<<<<<<<<
@@ -9669,14 +9640,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":377
+        /* "ivshmem/channel/ends.pyx":375
  *             nothing = (
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
 
 
@@ -9689,7 +9660,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
           goto __pyx_L6_bool_binop_done;
         }
 
-        /* "ivshmem/channel/ends.pyx":378
+        /* "ivshmem/channel/ends.pyx":376
  *                 sleeper.usable()
  *                 and self.begin_sleep() == IVSHMEM_AGAIN
  *                 and ivshmem_is_there(&sleeper.channel)             # <<<<<<<<<<<<<<
@@ -9704,7 +9675,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         __pyx_L6_bool_binop_done:;
         __pyx_v_nothing = __pyx_t_2;
 
-        /* "ivshmem/channel/ends.pyx":380
+        /* "ivshmem/channel/ends.pyx":378
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9716,17 +9687,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":381
+          /* "ivshmem/channel/ends.pyx":379
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             return nothing
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 379, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":380
+          /* "ivshmem/channel/ends.pyx":378
  *                 and ivshmem_is_there(&sleeper.channel)
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9735,7 +9706,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":382
+        /* "ivshmem/channel/ends.pyx":380
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             return nothing             # <<<<<<<<<<<<<<
@@ -9750,7 +9721,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":374
+      /* "ivshmem/channel/ends.pyx":372
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef bint nothing
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9772,7 +9743,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":367
+  /* "ivshmem/channel/ends.pyx":365
  *             return code != IVSHMEM_AGAIN
  * 
  *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
@@ -9793,7 +9764,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":384
+/* "ivshmem/channel/ends.pyx":382
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9812,19 +9783,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":386
+  /* "ivshmem/channel/ends.pyx":384
  *     cdef int end_waiting(self) except -1:
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":387
+  /* "ivshmem/channel/ends.pyx":385
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9833,13 +9804,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 387, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 385, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":388
+        /* "ivshmem/channel/ends.pyx":386
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9848,7 +9819,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":389
+        /* "ivshmem/channel/ends.pyx":387
  *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9857,17 +9828,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":390
+        /* "ivshmem/channel/ends.pyx":388
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":391
+        /* "ivshmem/channel/ends.pyx":389
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
  *             return 0             # <<<<<<<<<<<<<<
@@ -9882,7 +9853,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":387
+      /* "ivshmem/channel/ends.pyx":385
  *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -9904,7 +9875,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":384
+  /* "ivshmem/channel/ends.pyx":382
  *             return nothing
  * 
  *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
@@ -9924,7 +9895,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":393
+/* "ivshmem/channel/ends.pyx":391
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9997,7 +9968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":396
+        /* "ivshmem/channel/ends.pyx":394
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -10009,7 +9980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":397
+          /* "ivshmem/channel/ends.pyx":395
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -10027,7 +9998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":396
+          /* "ivshmem/channel/ends.pyx":394
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -10036,7 +10007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":398
+        /* "ivshmem/channel/ends.pyx":396
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -10045,7 +10016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":399
+        /* "ivshmem/channel/ends.pyx":397
  *             return
  *         self.open = False
  *         self.wakeup = self.slept_on = None             # <<<<<<<<<<<<<<
@@ -10061,7 +10032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         __Pyx_GOTREF((PyObject *)__pyx_v_self->slept_on);
         __Pyx_DECREF_SET(__pyx_v_self->slept_on, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":400
+        /* "ivshmem/channel/ends.pyx":398
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -10070,7 +10041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":401
+          /* "ivshmem/channel/ends.pyx":399
  *         self.wakeup = self.slept_on = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -10079,7 +10050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":400
+          /* "ivshmem/channel/ends.pyx":398
  *         self.open = False
  *         self.wakeup = self.slept_on = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -10088,7 +10059,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":402
+        /* "ivshmem/channel/ends.pyx":400
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10114,27 +10085,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":403
+          /* "ivshmem/channel/ends.pyx":401
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":404
+          /* "ivshmem/channel/ends.pyx":402
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":402
+          /* "ivshmem/channel/ends.pyx":400
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -10143,7 +10114,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":405
+        /* "ivshmem/channel/ends.pyx":403
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10155,17 +10126,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":406
+          /* "ivshmem/channel/ends.pyx":404
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":405
+          /* "ivshmem/channel/ends.pyx":403
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -10174,7 +10145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":407
+        /* "ivshmem/channel/ends.pyx":405
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -10183,7 +10154,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 407, __pyx_L4_error)
+          __PYX_ERR(0, 405, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -10191,15 +10162,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 407, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 405, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":393
+      /* "ivshmem/channel/ends.pyx":391
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10243,7 +10214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":409
+/* "ivshmem/channel/ends.pyx":407
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10274,7 +10245,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":410
+  /* "ivshmem/channel/ends.pyx":408
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10283,7 +10254,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":411
+    /* "ivshmem/channel/ends.pyx":409
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10297,12 +10268,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":410
+    /* "ivshmem/channel/ends.pyx":408
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10311,7 +10282,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":409
+  /* "ivshmem/channel/ends.pyx":407
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10330,7 +10301,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":413
+/* "ivshmem/channel/ends.pyx":411
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10354,7 +10325,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":415
+  /* "ivshmem/channel/ends.pyx":413
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10368,17 +10339,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":416
+        /* "ivshmem/channel/ends.pyx":414
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":417
+        /* "ivshmem/channel/ends.pyx":415
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10394,17 +10365,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":418
+            /* "ivshmem/channel/ends.pyx":416
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":417
+            /* "ivshmem/channel/ends.pyx":415
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10418,7 +10389,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":419
+          /* "ivshmem/channel/ends.pyx":417
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -10428,12 +10399,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 419, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 417, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":420
+            /* "ivshmem/channel/ends.pyx":418
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10442,7 +10413,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":421
+            /* "ivshmem/channel/ends.pyx":419
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -10454,11 +10425,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 421, __pyx_L8_except_error)
+            __PYX_ERR(0, 419, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":417
+          /* "ivshmem/channel/ends.pyx":415
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10474,7 +10445,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":422
+        /* "ivshmem/channel/ends.pyx":420
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10483,7 +10454,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":423
+        /* "ivshmem/channel/ends.pyx":421
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10498,7 +10469,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":415
+      /* "ivshmem/channel/ends.pyx":413
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10520,7 +10491,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":413
+  /* "ivshmem/channel/ends.pyx":411
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10542,7 +10513,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":425
+/* "ivshmem/channel/ends.pyx":423
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10562,7 +10533,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":426
+  /* "ivshmem/channel/ends.pyx":424
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10576,7 +10547,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":427
+        /* "ivshmem/channel/ends.pyx":425
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10585,7 +10556,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":428
+        /* "ivshmem/channel/ends.pyx":426
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10621,27 +10592,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":429
+          /* "ivshmem/channel/ends.pyx":427
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":430
+          /* "ivshmem/channel/ends.pyx":428
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 428, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":428
+          /* "ivshmem/channel/ends.pyx":426
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10650,7 +10621,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":431
+        /* "ivshmem/channel/ends.pyx":429
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10659,14 +10630,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":432
+        /* "ivshmem/channel/ends.pyx":430
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10674,7 +10645,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":426
+      /* "ivshmem/channel/ends.pyx":424
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10696,7 +10667,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":425
+  /* "ivshmem/channel/ends.pyx":423
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10715,7 +10686,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":434
+/* "ivshmem/channel/ends.pyx":432
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10742,7 +10713,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":436
+  /* "ivshmem/channel/ends.pyx":434
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10751,7 +10722,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":437
+  /* "ivshmem/channel/ends.pyx":435
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10767,7 +10738,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":438
+      /* "ivshmem/channel/ends.pyx":436
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10775,9 +10746,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 436, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 436, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10797,12 +10768,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 438, __pyx_L3_error)
+        __PYX_ERR(0, 436, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10810,48 +10781,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 436, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 438, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 436, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":439
+      /* "ivshmem/channel/ends.pyx":437
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":440
+      /* "ivshmem/channel/ends.pyx":438
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 440, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":441
+        /* "ivshmem/channel/ends.pyx":439
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":440
+        /* "ivshmem/channel/ends.pyx":438
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10860,7 +10831,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":437
+      /* "ivshmem/channel/ends.pyx":435
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10878,7 +10849,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":442
+    /* "ivshmem/channel/ends.pyx":440
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10888,12 +10859,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 442, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 440, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":443
+      /* "ivshmem/channel/ends.pyx":441
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10907,12 +10878,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 443, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 441, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":444
+      /* "ivshmem/channel/ends.pyx":442
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10924,11 +10895,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 444, __pyx_L5_except_error)
+      __PYX_ERR(0, 442, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":437
+    /* "ivshmem/channel/ends.pyx":435
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10944,7 +10915,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":445
+  /* "ivshmem/channel/ends.pyx":443
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10957,7 +10928,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":434
+  /* "ivshmem/channel/ends.pyx":432
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10980,7 +10951,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":447
+/* "ivshmem/channel/ends.pyx":445
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11036,7 +11007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":448
+  /* "ivshmem/channel/ends.pyx":446
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11054,7 +11025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":447
+  /* "ivshmem/channel/ends.pyx":445
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11069,7 +11040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":450
+/* "ivshmem/channel/ends.pyx":448
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11118,7 +11089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":451
+  /* "ivshmem/channel/ends.pyx":449
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11132,12 +11103,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":450
+  /* "ivshmem/channel/ends.pyx":448
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11159,7 +11130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":453
+/* "ivshmem/channel/ends.pyx":451
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11199,7 +11170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":454
+  /* "ivshmem/channel/ends.pyx":452
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -11218,19 +11189,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":455
+  /* "ivshmem/channel/ends.pyx":453
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11247,7 +11218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 453, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11263,7 +11234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":453
+  /* "ivshmem/channel/ends.pyx":451
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -12711,64 +12682,64 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":319
+  /* "ivshmem/channel/ends.pyx":317
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":393
+  /* "ivshmem/channel/ends.pyx":391
  *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":447
+  /* "ivshmem/channel/ends.pyx":445
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":450
+  /* "ivshmem/channel/ends.pyx":448
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 450, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 448, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12821,7 +12792,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 405, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13018,22 +12989,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 393};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 391};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 445};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 450};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 448};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -298,8 +298,6 @@ cdef class ChannelEnd(Dependent):
                 if wakeup is not None:
                     wakeup.pause = FIRST_PAUSE
                 return code
-            if wakeup is not None:
-                self.check_there()  # what woke it was perhaps the beat
             if deadline != INT64_MAX and now() >= deadline:
                 return code
 

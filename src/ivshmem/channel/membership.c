@@ -2863,6 +2863,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*look_after_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*whose)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
@@ -2889,6 +2890,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 /* #### Code section: utility_code_proto ### */
@@ -4124,6 +4126,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, struct ivshmem_place __pyx_v_place); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
@@ -10635,7 +10638,6 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
 */
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code) {
-  PyObject *__pyx_v_end = NULL;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10648,11 +10650,6 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  Py_ssize_t __pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
-  size_t __pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10879,7 +10876,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
  *             self.look_for_quiet_ends()
- *         for end in self.open_ends():
+ *         self.look_after_ends()
 */
   if (__pyx_v_self->mapping->fixed) {
 
@@ -10887,8 +10884,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
- *         for end in self.open_ends():
- *             with contextlib.suppress(IvshmemError, OSError):
+ *         self.look_after_ends()
+ *         return self.flush()
 */
     __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
 
@@ -10898,230 +10895,28 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
  *             self.look_for_quiet_ends()
- *         for end in self.open_ends():
+ *         self.look_after_ends()
 */
   }
 
   /* "ivshmem/channel/membership.pyx":422
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
- *         for end in self.open_ends():             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<Dependent>end).beat()
-*/
-  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 422, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_9);
-  if (unlikely(__pyx_t_9 == Py_None)) {
-    PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 422, __pyx_L1_error)
-  }
-  __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
-  __pyx_t_11 = 0;
-  __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-  for (;;) {
-    {
-      Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
-      #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 422, __pyx_L1_error)
-      #endif
-      if (__pyx_t_11 >= __pyx_temp) break;
-    }
-    __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
-    ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 422, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
-    __pyx_t_9 = 0;
-
-    /* "ivshmem/channel/membership.pyx":423
- *             self.look_for_quiet_ends()
- *         for end in self.open_ends():
- *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<Dependent>end).beat()
- *         return self.flush()
-*/
-    /*with:*/ {
-      __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_12);
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_13 = 1;
-      #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_12))) {
-        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_12);
-        assert(__pyx_t_3);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
-        __Pyx_INCREF(__pyx_t_3);
-        __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
-        __pyx_t_13 = 0;
-      }
-      #endif
-      {
-        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
-        __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_13, (3-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 423, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_9);
-      }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 423, __pyx_L20_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_13 = 1;
-      #if CYTHON_UNPACK_METHODS
-      if (likely(PyMethod_Check(__pyx_t_3))) {
-        __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_3);
-        assert(__pyx_t_10);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-        __Pyx_INCREF(__pyx_t_10);
-        __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-        __pyx_t_13 = 0;
-      }
-      #endif
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
-        __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L20_error)
-        __Pyx_GOTREF(__pyx_t_12);
-      }
-      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      /*try:*/ {
-        {
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_4, &__pyx_t_14);
-          __Pyx_XGOTREF(__pyx_t_5);
-          __Pyx_XGOTREF(__pyx_t_4);
-          __Pyx_XGOTREF(__pyx_t_14);
-          /*try:*/ {
-
-            /* "ivshmem/channel/membership.pyx":424
- *         for end in self.open_ends():
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
+ *         self.look_after_ends()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L26_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
 
 
-            /* "ivshmem/channel/membership.pyx":423
+  /* "ivshmem/channel/membership.pyx":423
  *             self.look_for_quiet_ends()
- *         for end in self.open_ends():
- *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<Dependent>end).beat()
- *         return self.flush()
-*/
-          }
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-          goto __pyx_L33_try_end;
-          __pyx_L26_error:;
-          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-          /*except:*/ {
-            __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 423, __pyx_L28_except_error)
-            __Pyx_XGOTREF(__pyx_t_9);
-            __Pyx_XGOTREF(__pyx_t_12);
-            __Pyx_XGOTREF(__pyx_t_3);
-            {
-              PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L28_except_error)
-              __Pyx_GOTREF(__pyx_t_10);
-            }
-            __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
-            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 423, __pyx_L28_except_error)
-            __Pyx_GOTREF(__pyx_t_15);
-            __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
-            __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 423, __pyx_L28_except_error)
-            __pyx_t_7 = (!__pyx_t_1);
-
-
-            if (unlikely(__pyx_t_7)) {
-
-              __Pyx_GIVEREF(__pyx_t_9);
-              __Pyx_GIVEREF(__pyx_t_12);
-              __Pyx_XGIVEREF(__pyx_t_3);
-              __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
-              __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 423, __pyx_L28_except_error)
-            }
-            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-            __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            goto __pyx_L27_exception_handled;
-          }
-          __pyx_L28_except_error:;
-          __Pyx_XGIVEREF(__pyx_t_5);
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
-          goto __pyx_L1_error;
-          __pyx_L27_exception_handled:;
-          __Pyx_XGIVEREF(__pyx_t_5);
-          __Pyx_XGIVEREF(__pyx_t_4);
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
-          __pyx_L33_try_end:;
-        }
-      }
-      /*finally:*/ {
-        /*normal exit:*/{
-          if (__pyx_t_6) {
-            __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
-            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 423, __pyx_L1_error)
-            __Pyx_GOTREF(__pyx_t_14);
-            __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          }
-          goto __pyx_L25;
-        }
-        __pyx_L25:;
-      }
-      goto __pyx_L37;
-      __pyx_L20_error:;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      goto __pyx_L1_error;
-      __pyx_L37:;
-    }
-
-    /* "ivshmem/channel/membership.pyx":422
- *         if self.mapping.fixed:
- *             self.look_for_quiet_ends()
- *         for end in self.open_ends():             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<Dependent>end).beat()
-*/
-  }
-  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-
-  /* "ivshmem/channel/membership.pyx":425
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<Dependent>end).beat()
+ *         self.look_after_ends()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
- *     def places(self):
+ *     cdef int look_after_ends(self) except -1:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
@@ -11141,8 +10936,287 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":425
+ *         return self.flush()
+ * 
+ *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  PyObject *__pyx_v_end = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  Py_ssize_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  int __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  int __pyx_t_14;
+  int __pyx_t_15;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("look_after_ends", 0);
+
+  /* "ivshmem/channel/membership.pyx":427
+ *     cdef int look_after_ends(self) except -1:
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():             # <<<<<<<<<<<<<<
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  if (unlikely(__pyx_t_1 == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
+    __PYX_ERR(0, 427, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1; __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  for (;;) {
+    {
+      Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
+      #if !CYTHON_ASSUME_SAFE_SIZE
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 427, __pyx_L1_error)
+      #endif
+      if (__pyx_t_3 >= __pyx_temp) break;
+    }
+    __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
+    ++__pyx_t_3;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/membership.pyx":428
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():
+ *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *                 (<Dependent>end).beat()
+ *         return 0
+*/
+    /*with:*/ {
+      __pyx_t_4 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_7 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_6))) {
+        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_6);
+        assert(__pyx_t_4);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+        __Pyx_INCREF(__pyx_t_4);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+        __pyx_t_7 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_t_5, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_1);
+      }
+      __pyx_t_8 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 428, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_5 = NULL;
+      __pyx_t_4 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 428, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_7 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (likely(PyMethod_Check(__pyx_t_4))) {
+        __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_4);
+        assert(__pyx_t_5);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+        __Pyx_INCREF(__pyx_t_5);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+        __pyx_t_7 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
+        __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L5_error)
+        __Pyx_GOTREF(__pyx_t_6);
+      }
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      /*try:*/ {
+        {
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __Pyx_ExceptionSave(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
+          __Pyx_XGOTREF(__pyx_t_9);
+          __Pyx_XGOTREF(__pyx_t_10);
+          __Pyx_XGOTREF(__pyx_t_11);
+          /*try:*/ {
+
+            /* "ivshmem/channel/membership.pyx":429
+ *         for end in self.open_ends():
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+            __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L11_error)
+
+
+            /* "ivshmem/channel/membership.pyx":428
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():
+ *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *                 (<Dependent>end).beat()
+ *         return 0
+*/
+          }
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+          goto __pyx_L18_try_end;
+          __pyx_L11_error:;
+          __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+          /*except:*/ {
+            __Pyx_AddTraceback("ivshmem.channel.membership.Membership.look_after_ends", __pyx_clineno, __pyx_lineno, __pyx_filename);
+            if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_6, &__pyx_t_4) < 0) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            __Pyx_XGOTREF(__pyx_t_1);
+            __Pyx_XGOTREF(__pyx_t_6);
+            __Pyx_XGOTREF(__pyx_t_4);
+            {
+              PyObject* __pyx_temp[3] = {__pyx_t_1, __pyx_t_6, __pyx_t_4};
+              __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+              __Pyx_GOTREF(__pyx_t_5);
+            }
+            __pyx_t_13 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_5, NULL);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            __Pyx_GOTREF(__pyx_t_13);
+            __pyx_t_14 = __Pyx_PyObject_IsTrue(__pyx_t_13);
+            __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+            if (__pyx_t_14 < (0)) __PYX_ERR(0, 428, __pyx_L13_except_error)
+            __pyx_t_15 = (!__pyx_t_14);
+
+
+            if (unlikely(__pyx_t_15)) {
+
+              __Pyx_GIVEREF(__pyx_t_1);
+              __Pyx_GIVEREF(__pyx_t_6);
+              __Pyx_XGIVEREF(__pyx_t_4);
+              __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_6, __pyx_t_4);
+              __pyx_t_1 = 0;  __pyx_t_6 = 0;  __pyx_t_4 = 0; 
+              __PYX_ERR(0, 428, __pyx_L13_except_error)
+            }
+            __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            goto __pyx_L12_exception_handled;
+          }
+          __pyx_L13_except_error:;
+          __Pyx_XGIVEREF(__pyx_t_9);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_XGIVEREF(__pyx_t_11);
+          __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+          goto __pyx_L1_error;
+          __pyx_L12_exception_handled:;
+          __Pyx_XGIVEREF(__pyx_t_9);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_XGIVEREF(__pyx_t_11);
+          __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+          __pyx_L18_try_end:;
+        }
+      }
+      /*finally:*/ {
+        /*normal exit:*/{
+          if (__pyx_t_8) {
+            __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_mstate_global->__pyx_tuple[1], NULL);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 428, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_11);
+            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+          }
+          goto __pyx_L10;
+        }
+        __pyx_L10:;
+      }
+      goto __pyx_L22;
+      __pyx_L5_error:;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      goto __pyx_L1_error;
+      __pyx_L22:;
+    }
+
+    /* "ivshmem/channel/membership.pyx":427
+ *     cdef int look_after_ends(self) except -1:
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():             # <<<<<<<<<<<<<<
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()
+*/
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":430
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     def places(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":425
+ *         return self.flush()
+ * 
+ *     cdef int look_after_ends(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let each end do what it does once a beat."""
+ *         for end in self.open_ends():
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.look_after_ends", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_end);
@@ -11151,8 +11225,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":427
- *         return self.flush()
+/* "ivshmem/channel/membership.pyx":432
+ *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
@@ -11237,7 +11311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":434
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11246,29 +11320,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":434
+  /* "ivshmem/channel/membership.pyx":439
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":435
+  /* "ivshmem/channel/membership.pyx":440
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":436
+  /* "ivshmem/channel/membership.pyx":441
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11282,7 +11356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":437
+    /* "ivshmem/channel/membership.pyx":442
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11291,7 +11365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":443
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11300,7 +11374,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":439
+    /* "ivshmem/channel/membership.pyx":444
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11326,7 +11400,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":440
+      /* "ivshmem/channel/membership.pyx":445
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11335,7 +11409,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":439
+      /* "ivshmem/channel/membership.pyx":444
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11344,7 +11418,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":446
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11353,7 +11427,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":442
+    /* "ivshmem/channel/membership.pyx":447
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11362,7 +11436,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":448
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11371,7 +11445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":449
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11380,7 +11454,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":445
+    /* "ivshmem/channel/membership.pyx":450
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11389,46 +11463,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":451
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":453
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":454
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 449, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":450
+    /* "ivshmem/channel/membership.pyx":455
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 450, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 455, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11438,53 +11512,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":451
+    /* "ivshmem/channel/membership.pyx":456
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 451, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":452
+    /* "ivshmem/channel/membership.pyx":457
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 452, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 457, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 452, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 457, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":453
+    /* "ivshmem/channel/membership.pyx":458
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 453, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":454
+    /* "ivshmem/channel/membership.pyx":459
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 459, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11495,13 +11569,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 454, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 459, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 454, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 459, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11511,34 +11585,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 454, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 459, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 454, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 459, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":453
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 448, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 453, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11547,21 +11621,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":447
+    /* "ivshmem/channel/membership.pyx":452
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":456
+  /* "ivshmem/channel/membership.pyx":461
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11579,8 +11653,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":427
- *         return self.flush()
+  /* "ivshmem/channel/membership.pyx":432
+ *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
@@ -11616,7 +11690,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":458
+/* "ivshmem/channel/membership.pyx":463
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -11687,7 +11761,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("has_foreign_places", 0);
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":465
  *     def has_foreign_places(self):
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11696,17 +11770,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":464
+  /* "ivshmem/channel/membership.pyx":469
  *         cdef ivshmem_place place
  *         cdef unsigned i
  *         self.check()             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":470
  *         cdef unsigned i
  *         self.check()
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11720,7 +11794,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":466
+    /* "ivshmem/channel/membership.pyx":471
  *         self.check()
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))             # <<<<<<<<<<<<<<
@@ -11729,7 +11803,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i));
 
-    /* "ivshmem/channel/membership.pyx":467
+    /* "ivshmem/channel/membership.pyx":472
  *         for i in range(self.member.area.places):
  *             number = ivshmem_load(memory, ivshmem_place_at(&self.member.area, i))
  *             machine = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11738,7 +11812,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_machine = ivshmem_load(__pyx_v_memory, (ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i) + IVSHMEM_PLACE_MACHINE));
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":475
  *                 memory, ivshmem_place_at(&self.member.area, i) + IVSHMEM_PLACE_MACHINE
  *             )
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11747,7 +11821,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":476
  *             )
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11756,7 +11830,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":473
+    /* "ivshmem/channel/membership.pyx":478
  *             place.epoch = ivshmem_epoch(number)
  *             if (
  *                 ivshmem_value(number) != 0             # <<<<<<<<<<<<<<
@@ -11774,7 +11848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":474
+    /* "ivshmem/channel/membership.pyx":479
  *             if (
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE             # <<<<<<<<<<<<<<
@@ -11792,7 +11866,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":480
  *                 ivshmem_value(number) != 0
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -11810,14 +11884,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/membership.pyx":476
+    /* "ivshmem/channel/membership.pyx":481
  *                 and ivshmem_flags(number) == IVSHMEM_LIVE
  *                 and ivshmem_value(machine) != self.member.machine
  *                 and not self.is_silent(place)             # <<<<<<<<<<<<<<
  *             ):
  *                 return True
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 476, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L1_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -11826,7 +11900,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":477
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -11836,7 +11910,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/membership.pyx":478
+      /* "ivshmem/channel/membership.pyx":483
  *                 and not self.is_silent(place)
  *             ):
  *                 return True             # <<<<<<<<<<<<<<
@@ -11854,7 +11928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":472
+      /* "ivshmem/channel/membership.pyx":477
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             if (             # <<<<<<<<<<<<<<
@@ -11865,7 +11939,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
 
 
-  /* "ivshmem/channel/membership.pyx":479
+  /* "ivshmem/channel/membership.pyx":484
  *             ):
  *                 return True
  *         return False             # <<<<<<<<<<<<<<
@@ -11883,7 +11957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":458
+  /* "ivshmem/channel/membership.pyx":463
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
@@ -11906,7 +11980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6has_forei
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":481
+/* "ivshmem/channel/membership.pyx":486
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11919,7 +11993,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":487
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -11947,7 +12021,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":481
+  /* "ivshmem/channel/membership.pyx":486
  *         return False
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11961,7 +12035,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":484
+/* "ivshmem/channel/membership.pyx":489
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12009,32 +12083,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 484, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 489, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 489, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 484, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 489, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 484, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 489, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 489, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 484, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 489, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12076,17 +12150,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":487
+  /* "ivshmem/channel/membership.pyx":492
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 487, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 492, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":488
+  /* "ivshmem/channel/membership.pyx":493
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12098,7 +12172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":489
+    /* "ivshmem/channel/membership.pyx":494
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -12106,9 +12180,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 489, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 489, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -12120,7 +12194,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 489, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -12130,14 +12204,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 494, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 489, __pyx_L1_error)
+    __PYX_ERR(0, 494, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":488
+    /* "ivshmem/channel/membership.pyx":493
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -12146,7 +12220,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":490
+  /* "ivshmem/channel/membership.pyx":495
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12155,7 +12229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":491
+    /* "ivshmem/channel/membership.pyx":496
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -12163,7 +12237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12182,14 +12256,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 491, __pyx_L1_error)
+    __PYX_ERR(0, 496, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":490
+    /* "ivshmem/channel/membership.pyx":495
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -12198,7 +12272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":492
+  /* "ivshmem/channel/membership.pyx":497
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -12207,7 +12281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":500
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12225,7 +12299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":496
+  /* "ivshmem/channel/membership.pyx":501
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -12239,7 +12313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":500
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12249,7 +12323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":498
+    /* "ivshmem/channel/membership.pyx":503
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -12267,7 +12341,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":495
+    /* "ivshmem/channel/membership.pyx":500
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -12276,7 +12350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":499
+  /* "ivshmem/channel/membership.pyx":504
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -12285,17 +12359,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":505
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 500, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":501
+  /* "ivshmem/channel/membership.pyx":506
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -12313,7 +12387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":489
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -12337,7 +12411,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":505
+/* "ivshmem/channel/membership.pyx":510
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12412,7 +12486,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":511
+  /* "ivshmem/channel/membership.pyx":516
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12422,7 +12496,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":517
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12439,9 +12513,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12454,9 +12528,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12468,18 +12542,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":513
+    /* "ivshmem/channel/membership.pyx":518
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 513, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 513, __pyx_L1_error)
+      __PYX_ERR(0, 518, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12488,18 +12562,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 513, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 518, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 513, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 518, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":514
+      /* "ivshmem/channel/membership.pyx":519
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12515,7 +12589,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":515
+          /* "ivshmem/channel/membership.pyx":520
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12529,12 +12603,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 515, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":514
+          /* "ivshmem/channel/membership.pyx":519
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12550,7 +12624,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":516
+        /* "ivshmem/channel/membership.pyx":521
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12560,7 +12634,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 516, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 521, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12568,7 +12642,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":517
+            /* "ivshmem/channel/membership.pyx":522
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12579,7 +12653,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":516
+          /* "ivshmem/channel/membership.pyx":521
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12600,7 +12674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":514
+        /* "ivshmem/channel/membership.pyx":519
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12621,7 +12695,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":513
+      /* "ivshmem/channel/membership.pyx":518
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12631,7 +12705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":512
+    /* "ivshmem/channel/membership.pyx":517
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12640,17 +12714,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":518
+  /* "ivshmem/channel/membership.pyx":523
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":524
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12661,7 +12735,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":525
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12669,9 +12743,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 520, __pyx_L1_error)
+    __PYX_ERR(0, 525, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":519
+    /* "ivshmem/channel/membership.pyx":524
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12680,7 +12754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":505
+  /* "ivshmem/channel/membership.pyx":510
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12707,7 +12781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_10close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":522
+/* "ivshmem/channel/membership.pyx":527
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12730,7 +12804,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":529
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12742,7 +12816,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":530
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12754,7 +12828,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":526
+    /* "ivshmem/channel/membership.pyx":531
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12767,7 +12841,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":525
+    /* "ivshmem/channel/membership.pyx":530
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12776,7 +12850,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":532
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12788,17 +12862,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":528
+    /* "ivshmem/channel/membership.pyx":533
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 528, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":529
+    /* "ivshmem/channel/membership.pyx":534
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12812,12 +12886,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 529, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 534, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":527
+    /* "ivshmem/channel/membership.pyx":532
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12826,7 +12900,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":530
+  /* "ivshmem/channel/membership.pyx":535
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12852,17 +12926,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":531
+    /* "ivshmem/channel/membership.pyx":536
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":530
+    /* "ivshmem/channel/membership.pyx":535
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12871,7 +12945,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":537
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -12884,7 +12958,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":527
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12905,7 +12979,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":534
+/* "ivshmem/channel/membership.pyx":539
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12925,7 +12999,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":537
+  /* "ivshmem/channel/membership.pyx":542
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -12937,7 +13011,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":538
+  /* "ivshmem/channel/membership.pyx":543
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12948,7 +13022,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":544
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -12962,12 +13036,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":543
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12976,7 +13050,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":540
+  /* "ivshmem/channel/membership.pyx":545
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -12988,7 +13062,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":541
+  /* "ivshmem/channel/membership.pyx":546
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -13000,21 +13074,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":542
+  /* "ivshmem/channel/membership.pyx":547
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 547, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":543
+  /* "ivshmem/channel/membership.pyx":548
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13023,7 +13097,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":544
+    /* "ivshmem/channel/membership.pyx":549
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13032,7 +13106,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":545
+    /* "ivshmem/channel/membership.pyx":550
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -13041,7 +13115,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":546
+    /* "ivshmem/channel/membership.pyx":551
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13050,7 +13124,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":543
+    /* "ivshmem/channel/membership.pyx":548
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13059,7 +13133,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":552
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -13072,7 +13146,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":534
+  /* "ivshmem/channel/membership.pyx":539
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -13092,7 +13166,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":549
+/* "ivshmem/channel/membership.pyx":554
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13104,7 +13178,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":550
+  /* "ivshmem/channel/membership.pyx":555
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13126,7 +13200,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":556
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -13135,7 +13209,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":555
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -13144,7 +13218,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":552
+  /* "ivshmem/channel/membership.pyx":557
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -13153,7 +13227,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":549
+  /* "ivshmem/channel/membership.pyx":554
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13165,7 +13239,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":554
+/* "ivshmem/channel/membership.pyx":559
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13188,7 +13262,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_13__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":555
+  /* "ivshmem/channel/membership.pyx":560
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13197,7 +13271,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":556
+    /* "ivshmem/channel/membership.pyx":561
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -13206,7 +13280,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":562
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -13215,7 +13289,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":560
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -13224,7 +13298,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":558
+  /* "ivshmem/channel/membership.pyx":563
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -13233,7 +13307,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":554
+  /* "ivshmem/channel/membership.pyx":559
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13245,7 +13319,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_12__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":560
+/* "ivshmem/channel/membership.pyx":565
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13286,7 +13360,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":567
  *     cdef str whose(self, uint64_t owner):
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -13295,7 +13369,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/membership.pyx":563
+  /* "ivshmem/channel/membership.pyx":568
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13307,7 +13381,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":569
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"             # <<<<<<<<<<<<<<
@@ -13325,7 +13399,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":568
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -13334,7 +13408,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":565
+  /* "ivshmem/channel/membership.pyx":570
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13348,7 +13422,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
@@ -13356,9 +13430,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __pyx_t_5 = 0;
     __pyx_t_6 = NULL;
   } else {
-    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 565, __pyx_L1_error)
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 565, __pyx_L1_error)
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 570, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
@@ -13367,7 +13441,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 565, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13377,7 +13451,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 565, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 570, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -13388,13 +13462,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         #endif
         ++__pyx_t_5;
       }
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 570, __pyx_L1_error)
     } else {
       __pyx_t_2 = __pyx_t_6(__pyx_t_3);
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 565, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 570, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13407,7 +13481,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 565, __pyx_L1_error)
+        __PYX_ERR(0, 570, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -13427,25 +13501,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_INCREF(__pyx_t_13);
       } else {
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 565, __pyx_L1_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 570, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_13);
       }
       #else
@@ -13453,7 +13527,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 565, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 570, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -13463,7 +13537,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
-      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 565, __pyx_L1_error)
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 570, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
@@ -13472,7 +13546,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 565, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 570, __pyx_L1_error)
       __pyx_t_15 = NULL;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       goto __pyx_L7_unpacking_done;
@@ -13480,7 +13554,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __pyx_t_15 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 565, __pyx_L1_error)
+      __PYX_ERR(0, 570, __pyx_L1_error)
       __pyx_L7_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
@@ -13498,16 +13572,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":566
+    /* "ivshmem/channel/membership.pyx":571
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (__pyx_t_16) {
 
@@ -13517,9 +13591,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
     __pyx_t_1 = __pyx_t_16;
@@ -13528,23 +13602,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":567
+      /* "ivshmem/channel/membership.pyx":572
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
  *         return f"which belonged to place {place.index}"
  * 
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 567, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 567, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 567, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 567, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 567, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
@@ -13563,7 +13637,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 567, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -13580,7 +13654,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":566
+      /* "ivshmem/channel/membership.pyx":571
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
@@ -13589,7 +13663,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":565
+    /* "ivshmem/channel/membership.pyx":570
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which belongs to no place"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13599,16 +13673,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":568
+  /* "ivshmem/channel/membership.pyx":573
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
-  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 568, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 573, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 568, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 573, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
@@ -13622,7 +13696,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   __pyx_t_11 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":560
+  /* "ivshmem/channel/membership.pyx":565
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13656,7 +13730,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":570
+/* "ivshmem/channel/membership.pyx":575
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -13694,7 +13768,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":572
+  /* "ivshmem/channel/membership.pyx":577
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -13705,12 +13779,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 577, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13724,7 +13798,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -13737,7 +13811,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":573
+  /* "ivshmem/channel/membership.pyx":578
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -13773,7 +13847,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":574
+    /* "ivshmem/channel/membership.pyx":579
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -13785,7 +13859,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/membership.pyx":575
+      /* "ivshmem/channel/membership.pyx":580
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -13793,9 +13867,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
 */
       __pyx_t_7 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 575, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 580, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 575, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 580, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
       __pyx_t_4[1] = __pyx_t_10;
@@ -13809,7 +13883,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 575, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 580, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -13830,7 +13904,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 575, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 580, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -13844,7 +13918,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":574
+      /* "ivshmem/channel/membership.pyx":579
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):
  *             if not ivshmem_is_there(channel):             # <<<<<<<<<<<<<<
@@ -13853,7 +13927,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":573
+    /* "ivshmem/channel/membership.pyx":578
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if channel != NULL and code in (IVSHMEM_CORRUPT, IVSHMEM_CLOSED):             # <<<<<<<<<<<<<<
@@ -13862,7 +13936,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":576
+  /* "ivshmem/channel/membership.pyx":581
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -13888,7 +13962,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":577
+    /* "ivshmem/channel/membership.pyx":582
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -13900,11 +13974,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_13 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 577, __pyx_L1_error)
-      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_13); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 582, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_decode_c_string(__pyx_t_13, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 577, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_3)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_3);
       __pyx_t_1 = __pyx_t_3;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -13916,19 +13990,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":578
+    /* "ivshmem/channel/membership.pyx":583
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)             # <<<<<<<<<<<<<<
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 583, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_v_whose = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":579
+    /* "ivshmem/channel/membership.pyx":584
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -13936,38 +14010,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":580
+    /* "ivshmem/channel/membership.pyx":585
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
  *                 " has spoiled it"
 */
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":581
+    /* "ivshmem/channel/membership.pyx":586
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
  *                 " has spoiled it"
  *             )
 */
-    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyObject_Format(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_18[0] = __pyx_t_7;
@@ -13981,7 +14055,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_18[8] = __pyx_t_17;
     __pyx_t_18[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":580
+    /* "ivshmem/channel/membership.pyx":585
  *             whose = self.whose(channel.fault.owner)
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"             # <<<<<<<<<<<<<<
@@ -14003,7 +14077,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_18, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 580, __pyx_L1_error)
+    if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -14028,7 +14102,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14042,7 +14116,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":576
+    /* "ivshmem/channel/membership.pyx":581
  *             if not ivshmem_is_there(channel):
  *                 return ClosedError(f"channel {name!r} was removed")
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -14051,7 +14125,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":584
+  /* "ivshmem/channel/membership.pyx":589
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14063,7 +14137,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":585
+    /* "ivshmem/channel/membership.pyx":590
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
@@ -14071,9 +14145,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return NoChannels("the region's channels are of a version that is not known here")
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14093,7 +14167,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14107,7 +14181,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":584
+    /* "ivshmem/channel/membership.pyx":589
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -14116,7 +14190,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":586
+  /* "ivshmem/channel/membership.pyx":591
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14128,7 +14202,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":587
+    /* "ivshmem/channel/membership.pyx":592
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -14136,7 +14210,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 587, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 592, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14155,7 +14229,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 592, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14169,7 +14243,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":586
+    /* "ivshmem/channel/membership.pyx":591
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -14178,7 +14252,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":588
+  /* "ivshmem/channel/membership.pyx":593
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14190,7 +14264,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":589
+    /* "ivshmem/channel/membership.pyx":594
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14198,17 +14272,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 589, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 594, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
 
-    /* "ivshmem/channel/membership.pyx":590
+    /* "ivshmem/channel/membership.pyx":595
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 590, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 595, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_11;
@@ -14219,7 +14293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 590, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 595, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_12 = 1;
@@ -14240,7 +14314,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 589, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14254,7 +14328,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":588
+    /* "ivshmem/channel/membership.pyx":593
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -14263,7 +14337,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":593
+  /* "ivshmem/channel/membership.pyx":598
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14275,7 +14349,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":594
+    /* "ivshmem/channel/membership.pyx":599
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14283,11 +14357,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_16 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 599, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 599, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 594, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 599, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_12 = 1;
@@ -14308,7 +14382,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 599, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14322,7 +14396,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":593
+    /* "ivshmem/channel/membership.pyx":598
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -14331,7 +14405,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":595
+  /* "ivshmem/channel/membership.pyx":600
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14343,7 +14417,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":596
+    /* "ivshmem/channel/membership.pyx":601
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -14351,19 +14425,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_17 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 596, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 601, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/channel/membership.pyx":597
+    /* "ivshmem/channel/membership.pyx":602
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process freed the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 597, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 597, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_another_process_freed_the_place); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
     __pyx_t_12 = 1;
@@ -14384,7 +14458,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 596, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 601, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14398,7 +14472,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":595
+    /* "ivshmem/channel/membership.pyx":600
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14407,7 +14481,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":599
+  /* "ivshmem/channel/membership.pyx":604
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14419,7 +14493,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":600
+    /* "ivshmem/channel/membership.pyx":605
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -14427,19 +14501,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_11 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 605, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":601
+    /* "ivshmem/channel/membership.pyx":606
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 606, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
-    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 606, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_16);
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
     __pyx_t_12 = 1;
@@ -14460,7 +14534,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 605, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -14474,7 +14548,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":599
+    /* "ivshmem/channel/membership.pyx":604
  *                 f"{of}another process freed the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -14483,17 +14557,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":604
+  /* "ivshmem/channel/membership.pyx":609
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_16, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_16);
-  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_17 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_19[0] = __pyx_t_11;
   __pyx_t_19[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -14508,7 +14582,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_19[0]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_19, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
   __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
@@ -14530,7 +14604,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 609, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -14544,7 +14618,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":570
+  /* "ivshmem/channel/membership.pyx":575
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -15865,6 +15939,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_check;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.flush = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_flush;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.kick_all = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.look_after_ends = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_look_after_ends;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.whose = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t))__pyx_f_7ivshmem_7channel_10membership_10Membership_whose;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
@@ -16667,64 +16742,64 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":427
- *         return self.flush()
+  /* "ivshmem/channel/membership.pyx":432
+ *         return 0
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 427, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 427, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":458
+  /* "ivshmem/channel/membership.pyx":463
  *         return found
  * 
  *     def has_foreign_places(self):             # <<<<<<<<<<<<<<
  *         """Return whether a process of another machine, a virtual one for instance, is at work."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7has_foreign_places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_has_foreign_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 463, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_has_foreign_places, __pyx_t_2) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":489
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 484, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":505
+  /* "ivshmem/channel/membership.pyx":510
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 510, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 510, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -17093,22 +17168,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 427};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_machine, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_has_foreign_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 484};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 489};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 510};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -74,5 +74,6 @@ cdef class Membership:
     cdef int check(self) except -1
     cdef int flush(self) except -1
     cdef int kick_all(self) except -1
+    cdef int look_after_ends(self) except -1
     cdef str whose(self, uint64_t owner)
     cdef object fail(self, int code, ivshmem_channel *channel, str name)

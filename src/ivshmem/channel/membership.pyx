@@ -419,10 +419,15 @@ cdef class Membership:
             ivshmem_ring_places(&self.member)  # it freed places
         if self.mapping.fixed:
             self.look_for_quiet_ends()
+        self.look_after_ends()
+        return self.flush()
+
+    cdef int look_after_ends(self) except -1:
+        """Let each end do what it does once a beat."""
         for end in self.open_ends():
             with contextlib.suppress(IvshmemError, OSError):
                 (<Dependent>end).beat()
-        return self.flush()
+        return 0
 
     def places(self):
         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""

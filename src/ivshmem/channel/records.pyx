@@ -305,4 +305,5 @@ def remove(Membership membership not None, unsigned index, str name, bint force)
         )
     if code:
         raise membership.fail(code, NULL, name)
+    membership.look_after_ends()  # those of this process that are removed know it now
     membership.kick_all()

@@ -2936,6 +2936,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*look_after_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*whose)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
