@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.compiling import PROGRAMS, WARNINGS, needs
 
 from ivshmem import Directory, Region, channel
 
-PROGRAMS = Path(__file__).parents[1] / "channel"
-WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 ADDRESSES = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 OPERATIONS = {
@@ -33,13 +31,6 @@ OPERATIONS = {
 STEPS = [(program, name) for program, names in OPERATIONS.items() for name in names]
 
 Build = Callable[..., Path]
-
-
-def needs(compiler: str) -> str:
-    package = "g++" if "+" in compiler else "gcc"
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}: apt-get install {package}")
-    return compiler
 
 
 @pytest.fixture(scope="module", params=["-O0", pytest.param("-O2", marks=pytest.mark.nightly)])
