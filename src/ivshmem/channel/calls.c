@@ -6084,7 +6084,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
 }
 
 /* "ivshmem/channel/calls.pyx":63
- *     # those that sleep at its caller.
+ *     # of those that sleep at its caller.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0
@@ -6551,7 +6551,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":63
- *     # those that sleep at its caller.
+ *     # of those that sleep at its caller.
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
  *         cdef uint32_t length = 0

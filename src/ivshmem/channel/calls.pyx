@@ -57,8 +57,8 @@ cdef class PendingCall(ChannelEnd):
     cdef bint over
     cdef Probed probed
 
-    # Invariant: while a program watches the descriptor, and the call is not over, the call is one of
-    # those that sleep at its caller.
+    # Invariant: while a program watches the descriptor of a call that is not over, the call is one
+    # of those that sleep at its caller.
 
     cdef int attempt(self) except? -2:
         cdef uint32_t length = 0
