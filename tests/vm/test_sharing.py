@@ -112,6 +112,7 @@ def test_a_guest_that_powers_off_is_seen_leaving(
     """And the other one is not touched by it."""
     a = guest(ECHO.replace("ROUNDS", "1"), args=doorbell(server), iommu=True, name="a")
     a.expect("READY 1")
+    until(host, ivshmem.PeerJoined(1))  # who came and went between two looks is not mentioned
     b = guest(ECHO.replace("ROUNDS", "1"), args=doorbell(server), iommu=True, name="b")
     b.expect("READY 2")
     a.send("end")
