@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from support.stopping import users_environment
 from support.waiting import PATIENCE, until
 
 from ivshmem import control
+from ivshmem.cli import channel, main
 
 IVSHMEM = [sys.executable, "-X", "importtime", "-m", "ivshmem"]
 SERVER = [
@@ -278,3 +280,86 @@ def test_a_module_imports_no_more(name: str) -> None:
     assert reached <= rooms, f"imported, too: {sorted(reached - rooms)}"
     others = {each.partition(".")[0] for each in found} & COSTLY
     assert others <= costly, f"imported, too: {sorted(others - costly)}"
+
+
+# What each command imports of the package, by its rooms; those of cli are counted below.
+PEER = "memory native peer protocol system"
+CHANNELS = f"channel {PEER}"
+CONTROLS = "native peer protocol qemu service system"
+ROOMS_OF = {
+    "serve --check": "lasting memory native peer protocol qemu server service system",
+    "connect -S PATH -c peers": PEER,
+    "guest list": f"guest {PEER}",
+    "guest bundle -o NEW.pyz": f"guest {PEER}",
+    "channel ls -S PATH": CHANNELS,
+    "channel put -S PATH log x": CHANNELS,
+    "channel cat -S PATH log": CHANNELS,
+    "channel hz -S PATH log": CHANNELS,
+    "channel top -S PATH -n 1 -i 0.1": CHANNELS,
+    "channel record -S PATH -t 0.1 NEW.mcap": f"{CHANNELS} recording",
+    "forward -S PATH log --listen tcp:x": f"{CHANNELS} forward lasting server",
+    "qemu -S PATH": "memory native peer qemu system",
+    "doctor --host": f"{CONTROLS} doctor guest memory",
+    "status -S PATH": f"{CONTROLS} memory",
+    "top -S PATH": f"{CONTROLS} memory",
+    "trace -S PATH -t 0.1 NEW.json": "native peer protocol service system tracing",
+    "evict -S PATH 7": CONTROLS,
+    "hold -S PATH 7": CONTROLS,
+    "release -S PATH 7": CONTROLS,
+    "reload -S PATH": CONTROLS,
+    "save -S PATH NEW": PEER,
+    "load -S PATH NEW": PEER,
+    "migrate": "",
+    "systemd install": "",
+    "bench -h": f"{CONTROLS} bench guest lasting memory server",
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A server that has an area for channels."""
+    path = tmp_path_factory.mktemp("asked") / "server"
+    words = ["serve", "-q", "-S", str(path), "-l", "1M", "--channels", "512K"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ivshmem", *words],
+        stdout=subprocess.DEVNULL,
+        env=users_environment(),
+    )
+    try:
+        until(lambda: Path(f"{path}.control").exists(), "a server")
+        yield path
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def test_each_command_has_a_line() -> None:
+    assert {line.split()[0] for line in ROOMS_OF} == set(main.SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("line", ROOMS_OF)
+def test_a_command_enters_no_other_room(asked: Path, tmp_path: Path, line: str) -> None:
+    """A command of a channel knows nothing of servers, for example.
+
+    `limits` of a room are numbers alone, for the help of options.
+    """
+    words = line.replace("PATH", str(asked)).replace("NEW", str(tmp_path / "new")).split()
+    done = subprocess.run(
+        [*IVSHMEM, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=users_environment(),
+        timeout=PATIENCE,
+        check=False,
+    )
+    paths = [each.split(".")[1:] for each in modules(done.stderr) if each.startswith("ivshmem.")]
+    assert ["cli", "main"] in paths, done.stderr
+    rooms = {path[0] for path in paths if len(path) > 1 and path[1] != "limits"} - {"cli"}
+    assert rooms <= set(ROOMS_OF[line].split()), done.stderr
+    if words[0] == "channel":
+        families = {path[1] for path in paths if path[0] == "cli" and path[1:]} & set(
+            channel._FAMILIES
+        )
+        assert families == {name for name, own in channel._FAMILIES.items() if words[1] in own}

@@ -314,3 +314,14 @@ def number_from(text: str, least: int, most: int, what: str = "") -> int:
     if not least <= number <= most:
         raise argparse.ArgumentTypeError(f"{text}{what}: allowed are {least} to {most}")
     return number
+
+
+def interval(text: str) -> float:
+    """Seconds from the command line."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"not a time: {text} (allowed are 0.1 to 3600 seconds)")
+    return seconds

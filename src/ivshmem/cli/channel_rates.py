@@ -21,11 +21,10 @@ from ..errors import ChannelTypeError, IvshmemError, NoSuchChannel
 from ..system.time_limits import left_until
 from ..text import plain
 from . import channel_text, screen
-from .arguments import positive
+from .arguments import interval, positive
 from .channel_counting import Arrivals, Positions, Rates, bandwidth_line, rate_line
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
-from .top import interval
 
 _LOOK = 0.1  # seconds after which a thread looks whether it is to end
 _SCREEN_LOOK = 1.0  # seconds after which the screen looks whether the channels are closed

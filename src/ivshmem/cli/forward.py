@@ -13,7 +13,7 @@ from typing import Any
 from .. import channel
 from ..channel.geometry import check_name
 from ..errors import ChannelError
-from ..forward import addresses, config_file
+from ..forward import addresses
 from ..forward.config import (
     BUFFER,
     CONNECTIONS,
@@ -182,6 +182,8 @@ def _configs(options: argparse.Namespace) -> tuple[list[ForwardConfig], list[str
     if options.config is not None:
         if configs:
             raise ValueError("--config excludes forwards on the command line")
+        from ..forward import config_file  # here: it needs the server's part
+
         configs = config_file.load(options.config)
     check_addresses(configs)
     if not configs:

@@ -80,7 +80,8 @@ def _parser(given: Sequence[str]) -> Parser:
     if named in SUBCOMMANDS:
         home = SUBCOMMANDS[named][0]
         module = __import__(f"{__package__}.{home}", fromlist=("add_to",))
-        module.add_to(subparsers)
+        # The commands of channel are in several modules, of which one command needs one.
+        module.add_to(subparsers, *([words[1:]] if named == "channel" else []))
     else:
         for name, (_, text) in SUBCOMMANDS.items():
             subparsers.add_parser(name, help=text)

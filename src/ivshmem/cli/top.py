@@ -12,6 +12,7 @@ from ..errors import IvshmemError
 from ..service import control_client
 from ..system.time_limits import left_until
 from . import control_connection, screen, status_text
+from .arguments import interval
 
 _SECONDS = 3.0  # for an answer; the keys have to wait for it
 _RATES = ("joins", "leaves", "messages", "refused")
@@ -34,17 +35,6 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="time between two updates, 0.1 to 3600 (default: %(default)g)",
     )
     parser.set_defaults(run=run)
-
-
-def interval(text: str) -> float:
-    """Seconds from the command line."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"not a time: {text} (allowed are 0.1 to 3600 seconds)")
-    return seconds
 
 
 def run(options: argparse.Namespace) -> int:
