@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -221,171 +217,6 @@ class TestNoControlSocket:
         with FakeServer(socket_path, answer):
             line = run("status", "--control", socket_path, status=1)
         assert "the server's reply makes no sense" in line
-
-
-class Terminal:
-    """`ivshmem top` on a terminal of its own."""
-
-    def __init__(self, *arguments: str, rows: int = 24, columns: int = 120) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        self.before = termios.tcgetattr(slave)
-        # The leader of a session, whose terminal this is; its child is in the foreground, as a
-        # shell has it.
-        leader = (
-            "import fcntl, os, signal, subprocess, sys, termios\n"
-            "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-            "signal.signal(signal.SIGTTOU, signal.SIG_IGN)\n"
-            "child = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)\n"
-            "os.tcsetpgrp(0, child.pid)\n"
-            "while True:\n"
-            "    _, status = os.waitpid(child.pid, os.WUNTRACED)\n"
-            "    if not os.WIFSTOPPED(status):\n"
-            "        os._exit(os.waitstatus_to_exitcode(status) % 256)\n"
-            "    os.tcsetpgrp(0, os.getpgrp())\n"
-            "    os.write(1, b'<stopped>')\n"
-            "    os.read(0, 100)\n"
-            "    os.tcsetpgrp(0, child.pid)\n"
-            "    child.send_signal(signal.SIGCONT)\n"
-        )
-        environment = {**os.environ, "TERM": "xterm"}
-        environment.pop("COLUMNS", None)
-        environment.pop("LINES", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", leader, *IVSHMEM, "top", *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            env=environment,
-        )
-        self._slave = slave
-        self.output = b""
-        self._seen = 0
-
-    def expect(self, pattern: str) -> None:
-        """Read until this appears in what was not looked at yet."""
-        begun = time.monotonic()
-        while not (found := re.search(pattern.encode(), self.output[self._seen :], re.DOTALL)):
-            left = begun + PATIENCE - time.monotonic()
-            ready, _, _ = select.select([self.master], [], [], max(left, 0))
-            assert ready, f"no {pattern!r} in {self.output[self._seen :]!r}"
-            self.output += os.read(self.master, 4096)
-        self._seen += found.end()
-
-    def screen(self) -> list[str]:
-        """The lines of the last screen that was drawn whole."""
-        last = self.output[: self._seen].rpartition(b"\033[H")[2].decode()
-        for noise in ("\033[K", "\033[J", "\r"):
-            last = last.replace(noise, "")
-        return last.split("\n")
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def end(self) -> int:
-        """Wait for its end; the terminal is as it was."""
-        until(lambda: self._drain() and self.process.poll() is not None)
-        self._drain()
-        assert termios.tcgetattr(self._slave) == self.before
-        for on, off in ((b"\033[?1049h", b"\033[?1049l"), (b"\033[?25l", b"\033[?25h")):
-            assert self.output.count(on) == self.output.count(off) > 0
-            assert self.output.rfind(on) < self.output.rfind(off)
-        return self.process.returncode
-
-    def _drain(self) -> bool:
-        while select.select([self.master], [], [], 0)[0]:
-            self.output += os.read(self.master, 4096)
-        return True
-
-    def child(self) -> int:
-        """The process that draws."""
-        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
-        return int(until(lambda: Path(path).read_text().strip()))
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.master)
-        os.close(self._slave)
-
-
-class TestTop:
-    @pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"])
-    def test_it_lives_until_a_key(self, served: Child, socket_path: str, key: bytes) -> None:
-        with Terminal("-S", socket_path, "-i", "0.1") as top:
-            top.expect("0 peers")
-            with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
-                top.expect(rf"1 peer; per second: [0-9.]+ joins.*{os.getpid()}")
-                client.ring(0, 0)
-                top.expect("0:1")
-                assert client.wait(0, timeout=0) == 1
-            top.expect("% CPU now")
-            top.expect("0 peers")
-            top.type(key)
-            assert top.end() == 0
-
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    def test_signals(self, served: Child, socket_path: str, number: signal.Signals) -> None:
-        with Terminal("-S", socket_path) as top:
-            top.expect("0 peers")
-            os.kill(top.child(), number)
-            assert top.end() == 128 + number
-
-    def test_stopped_and_continued(self, served: Child, socket_path: str) -> None:
-        with Terminal("-S", socket_path) as top:
-            top.expect(r"0 peers[^J]*\033\[J")
-            top.type(b"\x1a")
-            top.expect("<stopped>")
-            assert top.output.endswith(b"\033[?1049l<stopped>")
-            assert termios.tcgetattr(top._slave) == top.before
-            top.type(b"\n")
-            top.expect(r"\033\[\?1049h")
-            top.expect("0 peers")
-            top.type(b"q")
-            assert top.end() == 0
-
-    def test_a_small_window_and_another_size(self, served: Child, socket_path: str) -> None:
-        with ExitStack() as stack:
-            for _ in range(8):
-                stack.enter_context(RawPeer(socket_path)).set_up(VECTORS)
-            top = stack.enter_context(Terminal("-S", socket_path, "-i", "3600", rows=5, columns=20))
-            top.expect(r"\033\[J")
-            assert len(top.screen()) == 5
-            assert all(len(line) <= 20 for line in top.screen())
-            fcntl.ioctl(top._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-            top.expect(r"\033\[J")
-            assert len(top.screen()) == 13
-            top.type(b"q")
-            assert top.end() == 0
-
-    def test_a_server_that_goes_and_comes_back(self, socket_path: str) -> None:
-        with ExitStack() as stack:
-            first = stack.enter_context(ExitStack())
-            first.enter_context(serving(socket_path))
-            top = stack.enter_context(Terminal("-S", socket_path, "-i", "0.1"))
-            top.expect("0 peers")
-            first.close()
-            top.expect(r"no answer: [^\r]*\r.*0 peers")
-            child = stack.enter_context(serving(socket_path))
-            top.expect(rf"\033\[Hserver pid {child.pid}")
-            top.type(b"q")
-            assert top.end() == 0
-
-    def test_it_wants_a_terminal(self, served: Child, socket_path: str) -> None:
-        line = run("top", "-S", socket_path, status=1)
-        assert line == (
-            "ivshmem: standard input and output are not a terminal: `ivshmem status` prints the"
-            " same once"
-        )
-
-    @pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf", "3601"])
-    def test_intervals(self, seconds: str) -> None:
-        assert "allowed are 0.1 to 3600" in run("top", f"--interval={seconds}", status=2)
 
 
 class TestLog:

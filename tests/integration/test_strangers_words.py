@@ -26,6 +26,7 @@ from ivshmem.cli import banner, control_connection, evict, log_writer, migrate_r
 from ivshmem.cli import shell as shells
 from ivshmem.cli import status as status_command
 from ivshmem.cli import top as top_command
+from ivshmem.cli.browser import Browser
 from ivshmem.cli.main import main
 from ivshmem.cli.run import one_line
 from ivshmem.cli.screen import Screen
@@ -152,7 +153,9 @@ class Ways:
         reading, writing = os.pipe()
         screen = object.__new__(Screen)
         screen._out = writing
-        screen.draw(list(top_command.lines_of(status(), None)))
+        screen._coloured = False
+        content = list(top_command.content_of(status(), None, {"default": HOSTILE}))
+        screen.draw(Browser().lines(content, 500, 50))
         os.close(writing)
         with open(reading, encoding="utf-8") as drawn:
             text = drawn.read()

@@ -67,8 +67,17 @@ def sleeps_in_read(thread_id: int) -> bool:
 
 def sleeps_in_read_of(process_id: int) -> bool:
     """Whether the main thread of another process sleeps in read(2)."""
+    return _process_sleeps_in(process_id, _READ)
+
+
+def sleeps_in_write_of(process_id: int) -> bool:
+    """Whether the main thread of another process sleeps in write(2)."""
+    return _process_sleeps_in(process_id, _WRITE)
+
+
+def _process_sleeps_in(process_id: int, calls: dict[str, set[int]]) -> bool:
     number = Path(f"/proc/{process_id}/syscall").read_text().split()[0]
-    return number.isdigit() and int(number) in _READ[platform.machine()]
+    return number.isdigit() and int(number) in calls[platform.machine()]
 
 
 def sleeps_in_write(thread_id: int) -> bool:

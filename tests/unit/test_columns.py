@@ -10,6 +10,7 @@ from ivshmem.bench.noise import Noise
 from ivshmem.bench.result import ResultGroup
 from ivshmem.cli import bench, status_text, tables, terminal, top
 from ivshmem.cli import doctor as doctor_command
+from ivshmem.cli.browser import Browser
 from ivshmem.doctor.check import Check
 
 ROWS = [["NAME", "A", "SIZE", "B"], ["one", "1", "4096", "x"], ["three", "22", "64", "yy"]]
@@ -114,7 +115,8 @@ def test_top_asks_how_wide_the_screen_is() -> None:
             }
         ],
     }
-    lines = list(top.lines_of(status, None, 60))
+    content = list(top.content_of(status, None, {}))
+    lines = [line.text for line in Browser().lines(content, 60, 24)]
     (head,) = (line for line in lines if line.lstrip().startswith("ID"))
     assert len(head) <= 60
     assert head.endswith(tables.MARK)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ivshmem.cli import status_text, top
+from ivshmem.cli.browser import Browser
 from ivshmem.qemu.guest_name import guest_name, guest_of
 from ivshmem.server import log_events
 from ivshmem.service.metrics import parse_address
@@ -120,27 +121,33 @@ def test_lines_of_a_server_and_a_region() -> None:
     )
 
 
+def shown(found: dict[str, Any], before: dict[str, Any] | None = None) -> str:
+    """What `top` shows, on a terminal that is wide and high."""
+    lines = Browser().lines(list(top.content_of(found, before, {})), 200, 100)
+    return "\n".join(line.text for line in lines[:-1]).rstrip("\n")
+
+
 class TestTop:
     def test_rates(self) -> None:
-        first = "\n".join(top.lines_of(status(1060, joins=5), None))
+        first = shown(status(1060, joins=5))
         assert "per second: - joins, - leaves" in first
         assert "CPU now" not in first
-        then = "\n".join(top.lines_of(status(1062, joins=8, messages=3), status(1060, joins=5)))
+        then = shown(status(1062, joins=8, messages=3), status(1060, joins=5))
         assert "per second: 1.5 joins, 0.0 leaves, 1.5 messages, 0.0 refused" in then
         assert ", 1.0% CPU now" in then
 
     def test_another_process(self) -> None:
         before = status(1060, joins=50)
         before["server"]["pid"] = 2
-        assert "per second: - joins" in "\n".join(top.lines_of(status(1062, joins=8), before))
+        assert "per second: - joins" in shown(status(1062, joins=8), before)
 
     def test_no_time_between(self) -> None:
-        assert "- joins" in "\n".join(top.lines_of(status(1062), status(1062)))
+        assert "- joins" in shown(status(1062), status(1062))
 
     def test_a_new_region(self) -> None:
         before = status(1060)
         before["regions"] = []
-        assert "- joins" in "\n".join(top.lines_of(status(1062, joins=8), before))
+        assert "- joins" in shown(status(1062, joins=8), before)
 
     def test_who_needs_attention_comes_first(self) -> None:
         found = status()
@@ -152,7 +159,7 @@ class TestTop:
             {**PEER, "id": 4, "stalled_since": 1050.0},
             {**PEER, "id": 5, "stalled_since": 1040.0},
         ]
-        lines = list(top.lines_of(found, None))
+        lines = shown(found).splitlines()
         assert "  newcomers wait: Too many open files" in lines
         assert [line.split()[0] for line in lines[-5:]] == ["5", "4", "3", "2", "1"]
 

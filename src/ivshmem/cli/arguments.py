@@ -162,6 +162,18 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_interval(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that look again and again."""
+    parser.add_argument(
+        "-i",
+        "--interval",
+        metavar="SECONDS",
+        type=interval,
+        default=1.0,
+        help="time between two looks, 0.1 to 3600 (default: %(default)g)",
+    )
+
+
 def _add_unplugging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold-leaves",

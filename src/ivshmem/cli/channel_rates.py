@@ -20,14 +20,13 @@ from ..channel.watching import Watcher
 from ..errors import ChannelTypeError, IvshmemError, NoSuchChannel
 from ..system.time_limits import left_until
 from ..text import plain
-from . import channel_text, screen
-from .arguments import interval, positive
+from . import browser, channel_text
+from .arguments import add_interval, positive
 from .channel_counting import Arrivals, Positions, Rates, bandwidth_line, rate_line
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
 
 _LOOK = 0.1  # seconds after which a thread looks whether it is to end
-_SCREEN_LOOK = 1.0  # seconds after which the screen looks whether the channels are closed
 
 
 def _add_watched(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +47,7 @@ def _add_watched(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_times(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-i",
-        "--interval",
-        metavar="SECONDS",
-        type=interval,
-        default=1.0,
-        help="time between two reports, 0.1 to 3600 (default: %(default)g)",
-    )
+    add_interval(parser)
     parser.add_argument(
         "-n", "--count", metavar="N", type=positive, help="end after N reports (default: never)"
     )
@@ -167,7 +159,18 @@ def _top(options: argparse.Namespace) -> int:
     with joined(options, "reads") as channels:
         rates = Rates()
         if sys.stdin.isatty() and sys.stdout.isatty() and not options.json:
-            _show_screen(channels, rates, options)
+
+            def content() -> browser.Content:
+                rows = rates.next(channels.list(), time.monotonic())
+                return [channel_text.rates_line(rows), channel_text.rates(rows)]
+
+            browser.browse(
+                content(),
+                content,
+                options.interval,
+                count=options.count,
+                ended=lambda: channels.closed,
+            )
             return 0
         for number in _each_time(options, channels):
             rows = rates.next(channels.list(), time.monotonic())
@@ -179,25 +182,6 @@ def _top(options: argparse.Namespace) -> int:
                 lines = channel_text.rate_table(rows)
                 print(*([""] if number > 1 else []), *lines, sep="\n", flush=True)
     return 0
-
-
-def _show_screen(channels: channel.Channels, rates: Rates, options: argparse.Namespace) -> None:
-    """Show the table until q, Ctrl-C, or the last of the reports that are wanted."""
-    shown_times = 0
-    with contextlib.suppress(KeyboardInterrupt), screen.shown() as shown:
-        due = time.monotonic()
-        rows = rates.next(channels.list(), due)
-        while True:
-            shown.draw(channel_text.rate_table(rows))
-            if (
-                shown.key(min(left_until(due), _SCREEN_LOOK)) in ("q", "Q")
-                or shown_times == options.count
-            ):
-                break
-            if time.monotonic() >= due or channels.closed:
-                rows = rates.next(channels.list(), time.monotonic())
-                due = time.monotonic() + options.interval
-                shown_times += 1
 
 
 COMMANDS = (
@@ -224,7 +208,8 @@ COMMANDS = (
         _top,
         "show the rates of all channels, again and again",
         "It reads positions only: it takes no message, and needs no reader's slot. RATE: messages"
-        " per second. LOST/S: messages per second that readers lost. q or Ctrl-C ends it. If the"
-        " output is not a terminal, one table follows the other.",
+        " per second. LOST/S: messages per second that readers lost. h shows the keys that sort,"
+        " filter and scroll; q or Ctrl-C ends it. If the output is not a terminal, one table"
+        " follows the other.",
     ),
 )

@@ -14,7 +14,7 @@ from ..memory.sizes import format_size, roughly
 from ..text import NAME, counted, plain
 from . import terminal
 from .channel_counting import lost, per_second, waiting
-from .tables import table
+from .tables import Row, Sortable, table
 
 _HEAD = (
     *("NAME", "KIND", "TYPE", "LIMIT", "SLOTS", "WRITERS", "READERS", "WAITING", "LOST"),
@@ -23,6 +23,7 @@ _HEAD = (
 _RIGHT = range(3, len(_HEAD))
 _EXPENDABLE = (9, 4, 3, 2, 8)  # SIZE, SLOTS, LIMIT, TYPE, LOST
 _RATES = ("NAME", "KIND", "RATE", "LOST/S", "WAITING", "WRITERS", "READERS")
+_COUNTED = ("waiting", "writers", "readers")
 _PLACES = ("PLACE", "STATE", "ID", "VECTOR", "PID", "NAME")
 
 
@@ -50,18 +51,33 @@ def _row(info: ChannelInfo) -> Sequence[str]:
 
 def rate_table(found: Sequence[dict[str, Any]]) -> list[str]:
     """Return the table of rates, as wide as the terminal."""
-    rows: list[Sequence[str]] = [_RATES]
-    rows += [
-        (
-            plain(each["name"], NAME),
-            each["kind"],
-            "-" if each["rate"] is None else per_second(each["rate"]),
-            "-" if each["lost_rate"] is None else per_second(each["lost_rate"]),
-            *(str(each[what]) for what in ("waiting", "writers", "readers")),
+    return rates(found).lines(terminal.columns())
+
+
+def rates(found: Sequence[dict[str, Any]], indent: int = 0) -> Sortable:
+    """Return the rates of channels; those whose readers lose messages are to be looked at."""
+    rows = [
+        Row(
+            (
+                plain(each["name"], NAME),
+                each["kind"],
+                "-" if each["rate"] is None else per_second(each["rate"]),
+                "-" if each["lost_rate"] is None else per_second(each["lost_rate"]),
+                *(str(each[what]) for what in _COUNTED),
+            ),
+            [each[what] for what in ("name", "kind", "rate", "lost_rate", *_COUNTED)],
+            alarm=bool(each["lost_rate"]),
         )
         for each in found
     ]
-    return table(rows, right=range(2, 7), columns=terminal.columns(), expendable=(5, 6), squeezed=0)
+    return Sortable(_RATES, rows, range(2, 7), expendable=(5, 6), squeezed=0, indent=indent)
+
+
+def rates_line(found: Sequence[dict[str, Any]]) -> str:
+    """Return how many channels there are, and what passes through all of them."""
+    known = [each["rate"] for each in found if each["rate"] is not None]
+    total = f", {per_second(sum(known))} in all" if known else ""
+    return counted(len(found), "channel") + total
 
 
 def area_facts(channels: Channels) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """A terminal's screen for a while: drawn whole, given back as it was.
 
-Knows: terminals, keys, the signals that concern them. Does not know: what is shown.
+Knows: terminals, keys, colours, the signals that concern them. Does not know: what is shown.
 
 Invariants:
 1. However the block ends, by an exception or a signal of those that `daemon` knows, the terminal is
@@ -10,8 +10,11 @@ Invariants:
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import enum
 import os
+import re
 import select
 import shutil
 import signal
@@ -20,16 +23,49 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..text import plain
-from . import signals
-from .tables import cut
+from . import signals, terminal
+from .tables import cut, width
 from .writing import show
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"
 _LEAVE = "\033[?25h\033[?7h\033[?1049l"
+
+# What terminals send, in both of their modes for arrows; xterm and the console differ in two.
+_NAMED = {
+    **dict.fromkeys(("\033[A", "\033OA"), "up"),
+    **dict.fromkeys(("\033[B", "\033OB"), "down"),
+    **dict.fromkeys(("\033[C", "\033OC"), "right"),
+    **dict.fromkeys(("\033[D", "\033OD"), "left"),
+    **dict.fromkeys(("\033[H", "\033OH", "\033[1~", "\033[7~"), "home"),
+    **dict.fromkeys(("\033[F", "\033OF", "\033[4~", "\033[8~"), "end"),
+    "\033[5~": "pageup",
+    "\033[6~": "pagedown",
+    **dict.fromkeys(("\r", "\n"), "enter"),
+    **dict.fromkeys(("\x7f", "\b"), "backspace"),
+}
+_SEQUENCE = re.compile(r"\033(\[[0-9;?]*[ -/]*[@-~]|O.)", re.DOTALL)
+_BEGUN = re.compile(r"\033(\[[0-9;?]*[ -/]*|O)?\Z")
+_REST = 0.05  # seconds within which the rest of a sequence comes; the key Esc has none
+
+
+class Style(enum.Enum):
+    """How a line looks where colours are wanted: the codes of SGR."""
+
+    PLAIN = ""
+    TITLE = "1"  # bold
+    BAR = "7"  # reverse, as far as the screen is wide: a table's head, and the foot
+    ALARM = "1;31"  # bold, red
+
+
+class Line(NamedTuple):
+    """A line to draw."""
+
+    text: str
+    style: Style = Style.PLAIN
 
 
 class Screen:
@@ -39,6 +75,9 @@ class Screen:
         self._keys = sys.stdin.fileno()
         self._out = sys.stdout.fileno()
         self._before: list[Any] = termios.tcgetattr(self._keys)
+        self._coloured = terminal.coloured()
+        self._typed = ""  # and not taken by `key` yet
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A signal that comes just before select(2) would not be noticed in it: Python runs handlers
         # between system calls. So each one also writes a byte.
         self._woken, waker = socket.socketpair()
@@ -47,23 +86,59 @@ class Screen:
         self._waker = waker
         self._wakeup_before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
 
-    def draw(self, lines: Sequence[str]) -> None:
+    def size(self) -> tuple[int, int]:
+        """Columns and rows."""
+        size = shutil.get_terminal_size()
+        return size.columns, size.lines
+
+    def draw(self, lines: Sequence[Line]) -> None:
         """Show these from the top, as many as there is room for."""
-        columns, rows = shutil.get_terminal_size()
-        fitting = [cut(plain(line), columns) for line in lines[:rows]]
+        columns, rows = self.size()
+        fitting = [self._drawn(line, columns) for line in lines[:rows]]
         _write(self._out, "\033[H" + "\033[K\r\n".join(fitting) + "\033[K\033[J")
 
+    def _drawn(self, line: Line, columns: int) -> str:
+        text = cut(plain(line.text), columns)
+        if not self._coloured or line.style is Style.PLAIN:
+            return text
+        if line.style is Style.BAR:
+            text += " " * (columns - width(text))
+        return f"\033[{line.style.value}m{text}\033[m"
+
     def key(self, seconds: float) -> str:
-        """A key that is pressed within so many seconds; "" if none is, or a signal came."""
+        """A key that is pressed within so many seconds; "" if none is, or a signal came.
+
+        Returns:
+            its character, or a name: up, down, left, right, home, end, pageup, pagedown, enter,
+            backspace, esc. Other keys that are no characters are "".
+        """
+        if not self._typed and not self._read(seconds):
+            return ""
+        while _BEGUN.match(self._typed):
+            before = self._typed
+            if not self._read(_REST):
+                self._typed = before[1:]
+                return "esc"
+        if found := _SEQUENCE.match(self._typed):
+            self._typed = self._typed[found.end() :]
+            return _NAMED.get(found[0], "")
+        if not self._typed:  # a part of a character
+            return ""
+        key, self._typed = self._typed[0], self._typed[1:]
+        return "esc" if key == "\033" else _NAMED.get(key, key)
+
+    def _read(self, seconds: float) -> bool:
+        """Take what was typed; say whether anything was."""
         ready, _, _ = select.select([self._keys, self._woken], [], [], seconds)
         if self._woken in ready:
             self._woken.recv(4096)
-            return ""
+            return False
         if not ready:
-            return ""
-        if not (data := os.read(self._keys, 1)):
+            return False
+        if not (data := os.read(self._keys, 1024)):
             raise KeyboardInterrupt  # the terminal is gone
-        return data.decode(errors="replace")
+        self._typed += self._decoder.decode(data)
+        return True
 
     def enter(self) -> None:
         """Take the terminal."""

@@ -13,6 +13,7 @@ from ..memory.sizes import format_size
 from ..qemu.guest_name import guest_of
 from ..system import processes
 from ..text import NAME, counted, plain
+from .tables import Row, Sortable
 from .tables import table as columned
 
 TYPE_CHECKING = False
@@ -110,6 +111,22 @@ def peer_row(peer: StatusReply, now: float) -> list[str]:
         _state(peer, now),
         _interrupts(peer["interrupts"]),
     ]
+
+
+def sortable(peers: Sequence[StatusReply], now: float) -> Sortable:
+    """Peers as a table that a person can sort; those that do not read are to be looked at."""
+    rows = [
+        Row(
+            cells := peer_row(peer, now),
+            [
+                *(peer["id"], peer["pid"], peer["uid"], *cells[3:5], now - peer["since"]),
+                *(peer["vectors"], cells[7], sum(peer["interrupts"])),
+            ],
+            alarm=peer["stalled_since"] is not None,
+        )
+        for peer in peers
+    ]
+    return Sortable(HEAD, rows, _RIGHT, _EXPENDABLE, indent=2)
 
 
 def table(rows: Iterable[Sequence[str]], columns: int | None = None) -> list[str]:

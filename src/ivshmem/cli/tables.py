@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..system.named_tuple import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MARK = ">"  # at the end of a line, or of a table's head: there is more than is shown
 
 _LEAST = 9  # columns that a column keeps which is squeezed
@@ -102,6 +108,44 @@ def table(
 def _total(widths: Sequence[int], shown: Sequence[int], gap: int) -> int:
     mark = 0 if len(shown) == len(widths) else len(MARK) + 2
     return sum(widths[at] for at in shown) + gap * (len(shown) - 1) + mark
+
+
+class Row(NamedTuple):
+    """A row of a table that can be sorted.
+
+    Attributes:
+        keys: what its cells are sorted by: a number, a text, or None, which is the least.
+        alarm: somebody should look at this row.
+    """
+
+    cells: Sequence[str]
+    keys: Sequence[Any]
+    alarm: bool = False
+
+
+class Sortable(NamedTuple):
+    """Rows under a head, in the order in which they are shown as long as nobody sorts them.
+
+    The other attributes are those of `table`; `indent`: columns that stay free before it.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+    right: Iterable[int] = ()
+    expendable: Sequence[int] = ()
+    squeezed: int | None = None
+    indent: int = 0
+
+    def lines(self, columns: int | None) -> list[str]:
+        """Return it as `table` does."""
+        lines = table(
+            [self.head, *(row.cells for row in self.rows)],
+            right=self.right,
+            columns=None if columns is None else max(columns - self.indent, 1),
+            expendable=self.expendable,
+            squeezed=self.squeezed,
+        )
+        return [" " * self.indent + line for line in lines]
 
 
 def entry(name: str, text: str, *, indent: int, columns: int) -> list[str]:

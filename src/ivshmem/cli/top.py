@@ -1,18 +1,22 @@
-"""`ivshmem top`: a server's status, live."""
+"""`ivshmem top`: a server's status, live, and what passes through its channels.
+
+Knows: what is shown of a server. Does not know: terminals and keys (browser.py), how the memory is
+found (served_memory.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ..errors import IvshmemError
 from ..service import control_client
-from ..system.time_limits import left_until
-from . import control_connection, screen, status_text
-from .arguments import interval
+from . import browser, channel_text, control_connection, status_text
+from .arguments import add_interval
+from .served_memory import ServedChannels
+from .tables import Sortable
 
 _SECONDS = 3.0  # for an answer; the keys have to wait for it
 _RATES = ("joins", "leaves", "messages", "refused")
@@ -21,35 +25,19 @@ _RATES = ("joins", "leaves", "messages", "refused")
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "top",
-        description="Show what `ivshmem status` prints, and rates per second, again and again;"
-        " peers that need attention come first. If the server ends, this waits until"
-        " it is back. q or Ctrl-C ends it.",
+        description="Show what `ivshmem status` prints, and rates per second, again and again, also"
+        " those of channels; peers that need attention come first. h shows the keys that sort,"
+        " filter and scroll. If the server ends, this waits until it is back. q or Ctrl-C ends it.",
     )
     control_connection.add_options(parser)
-    parser.add_argument(
-        "-i",
-        "--interval",
-        metavar="SECONDS",
-        type=interval,
-        default=1.0,
-        help="time between two updates, 0.1 to 3600 (default: %(default)g)",
-    )
+    add_interval(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Show the screen until q or Ctrl-C."""
     with contextlib.closing(StatusPoller(options)) as poller:
-        lines = poller.first()
-        with contextlib.suppress(KeyboardInterrupt), screen.shown() as shown:
-            due = time.monotonic() + options.interval
-            while True:
-                shown.draw(lines)
-                if shown.key(left_until(due)) in ("q", "Q"):
-                    break
-                if time.monotonic() >= due:
-                    lines = poller.next()
-                    due = time.monotonic() + options.interval
+        browser.browse(poller.first(), poller.next, options.interval)
     return 0
 
 
@@ -61,42 +49,49 @@ class StatusPoller:
         self._client: control_client.ControlClient | None = None
         self._guests = status_text.Guests()
         self._before: status_text.StatusReply | None = None
-        self._lines: list[str] = []
+        self._content: browser.Content = []
+        self._channels = ServedChannels()
 
-    def first(self) -> list[str]:
+    def first(self) -> browser.Content:
         """Raises what prevents it."""
         return self._ask()
 
-    def next(self) -> list[str]:
+    def next(self) -> browser.Content:
         """What prevents it stands before the last answer then."""
         try:
             return self._ask()
         except (IvshmemError, OSError) as error:
             self.close()
             self._before = None
-            return [f"no answer: {' '.join(str(error).split())}", *self._lines]
+            return [f"no answer: {' '.join(str(error).split())}", *self._content]
 
-    def _ask(self) -> list[str]:
+    def _ask(self) -> browser.Content:
         if self._client is None:
             self._client = control_connection.connect(self._options, _SECONDS)
         status = self._client.ask({"do": "status"})
         self._guests.name(status)
-        self._lines = list(lines_of(status, self._before, shutil.get_terminal_size().columns))
+        channels = self._channels.rates(status)
+        self._content = list(content_of(status, self._before, channels))
         self._before = status
-        return self._lines
+        return self._content
 
     def close(self) -> None:
+        self._channels.close()
         if self._client is not None:
             self._client.close()
         self._client = None
 
 
-def lines_of(
+def content_of(
     status: status_text.StatusReply,
     before: status_text.StatusReply | None,
-    columns: int | None = None,
-) -> Iterator[str]:
-    """What a screen of so many columns shows of a status, if this was the one before."""
+    channels: Mapping[str, Sequence[dict[str, Any]] | str],
+) -> Iterator[str | Sortable]:
+    """What is shown of a status, if this was the one before.
+
+    Args:
+        channels: of each region with channels: their rates, or why they cannot be seen.
+    """
     server = status["server"]
     if before is not None and before["server"]["pid"] != server["pid"]:
         before = None
@@ -116,8 +111,13 @@ def lines_of(
             yield f"  newcomers wait: {region['paused']}"
         if region["peers"]:
             ordered = sorted(region["peers"], key=_attention)
-            rows = [status_text.peer_row(peer, server["time"]) for peer in ordered]
-            yield from (f"  {line}" for line in status_text.table(rows, columns and columns - 2))
+            yield status_text.sortable(ordered, server["time"])
+        rates = channels.get(region["name"], ())
+        if isinstance(rates, str):
+            yield f"  its channels cannot be seen: {rates}"
+        elif rates:
+            yield f"  {channel_text.rates_line(rates)}"
+            yield channel_text.rates(rates, indent=2)
 
 
 def _share(
