@@ -15,6 +15,7 @@ from support import commands
 from support.waiting import PATIENCE
 
 from ivshmem.cli import systemd
+from ivshmem.system.systemd import unit_words
 
 pytestmark = pytest.mark.usefixtures("commands")
 
@@ -89,13 +90,13 @@ def test_the_system_s_keep_every_line_but_one() -> None:
     [("/opt/x", "/opt/x"), ("/a b", '"/a b"'), ("/100%", "/100%%"), ('/"', '"/\\""')],
 )
 def test_words_as_systemd_reads_them(word: str, written: str) -> None:
-    assert systemd._word(word) == written
+    assert unit_words([word]) == written
 
 
 @pytest.mark.parametrize("place", ["/home/me/venv/bin/ivshmem", "/root/v/bin/python", "/tmp/v/x"])
 def test_a_place_that_the_units_hide(place: str) -> None:
     with pytest.raises(ValueError, match="or give --user"):
-        systemd._check_place([place])
+        systemd.check_place([place])
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")

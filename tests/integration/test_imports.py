@@ -310,7 +310,7 @@ ROOMS_OF = {
     "save -S PATH NEW": PEER,
     "load -S PATH NEW": PEER,
     "migrate": "",
-    "systemd install": "",
+    "systemd install": "system",
     "bench -h": f"{CONTROLS} bench guest lasting memory server",
 }
 

@@ -44,6 +44,7 @@ NOT_RUN = {
     r"systemctl |/opt/ivshmem/": "needs systemd and root: tests/vm/test_systemd.py",
     r"(apt-get|pip|pipx|python3 -m venv) ": "installs packages",
     r"echo \w+ > /sys/": "changes the machine",
+    r"python3 ivshmem.pyz guest setup": "changes the machine: tests/vm/test_guest_setup.py",
     r"bpftrace ": "needs root and the kernel's tracepoints: test_trace.py",
     r"make ": "builds what is tested here: test_readme.py knows the targets",
 }

@@ -55,6 +55,8 @@ ip link set lo up 2>/dev/null || true
 exec chroot "$root" "$@"
 """
 
+# What a guest has that boots from a disk.
+GUEST = ("systemd", "systemd-sysv", "udev", "kmod", "passwd", "python3")
 # What a minimal machine has. No compiler, and of Python what the package itself depends on.
 MINIMAL = ("systemd", "systemd-sysv", "dbus")
 # A command runs in all of the machine's namespaces.
@@ -102,7 +104,7 @@ def build_depends() -> list[str]:
 
 
 def tarball(cache: Path, suite: str, kind: str) -> Path:
-    """A root of a suite, as a tar: "build", or "minimal".
+    """A root of a suite, as a tar: "build", "minimal", or "guest".
 
     Raises:
         unpacked.CannotError: it cannot be made.
@@ -111,7 +113,8 @@ def tarball(cache: Path, suite: str, kind: str) -> Path:
         raise unpacked.CannotError("this needs root: mounts, and files of several users")
     if not shutil.which("mmdebstrap"):
         raise unpacked.CannotError("apt-get install mmdebstrap")
-    include = [*build_depends(), "lintian"] if kind == "build" else list(MINIMAL)
+    included = {"build": [*build_depends(), "lintian"], "minimal": MINIMAL, "guest": GUEST}
+    include = [*included[kind]]
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{suite}-{kind}.tar"
     with (cache / f"{suite}-{kind}.lock").open("w") as lock:

@@ -41,7 +41,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         )
         command.set_defaults(run=run)
         _ARGUMENTS[name](command)
-        if name not in ("serve", "bundle"):
+        if name not in ("serve", "bundle", "setup"):
             command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -139,6 +139,65 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_setup(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Each step is shown before it is made. A file that this command did not make is never"
+        " replaced. The command can be repeated: it omits the steps that are made already."
+    )
+    parser.add_argument(
+        "-a",
+        "--address",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="the device's PCI address, see `guest list`; may be repeated (default: all ivshmem"
+        " devices, also those that are plugged in later)",
+    )
+    parser.add_argument(
+        "-g",
+        "--group",
+        default="ivshmem",
+        help="group that may use the device without root (default: ivshmem)",
+    )
+    parser.add_argument(
+        "-u",
+        "--user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="user to add to the group; may be repeated",
+    )
+    parser.add_argument(
+        "--access",
+        choices=("vfio", "noiommu", "uio", "sysfs"),
+        help="how programs open the device (default: uio if a UIO driver has it, else vfio if there"
+        " is an IOMMU, else sysfs, which has no interrupts; noiommu is unsafe, never the default)",
+    )
+    serve = parser.add_mutually_exclusive_group()
+    serve.add_argument(
+        "--peers",
+        metavar="IDS",
+        type=_ids_as_text,
+        help="for `guest serve`: ids of peers that clients can ring, for example 0,2,5-7",
+    )
+    serve.add_argument(
+        "--no-serve",
+        action="store_true",
+        help="no unit that shares the device between processes (`guest serve`)",
+    )
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        default="/",
+        help="set up the system in DIR instead, as image builders do; nothing is started",
+    )
+    parser.add_argument("--undo", action="store_true", help="take all back")
+    parser.add_argument(
+        "-n", "--dry-run", action="store_true", help="show the steps, and make none"
+    )
+    parser.add_argument("-y", "--yes", action="store_true", help="make the steps without asking")
+
+
 _ARGUMENTS = {
     "bundle": _add_bundle,
     "list": _add_nothing,
@@ -149,6 +208,7 @@ _ARGUMENTS = {
     "hexdump": _add_hexdump,
     "measure": _add_measure,
     "serve": _add_serve,
+    "setup": _add_setup,
 }
 
 
@@ -169,6 +229,11 @@ def _ids(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"not an id: {last} (allowed are 0 to {MAX_ID})")
         found += range(int(first), int(last) + 1)
     return found
+
+
+def _ids_as_text(text: str) -> str:
+    _ids(text)
+    return text
 
 
 @contextlib.contextmanager
@@ -317,6 +382,12 @@ def _bundle(options: argparse.Namespace) -> int:
     return 0
 
 
+def _setup(options: argparse.Namespace) -> int:
+    from . import guest_setup  # here: the other commands set nothing up
+
+    return guest_setup.run(options)
+
+
 # What a user types in the guest, then.
 _IN_GUEST = {
     "pyz": ("in the guest: python3 {name} guest list",),
@@ -342,4 +413,10 @@ _COMMANDS = (
         "compare the ways to map the memory: which one reads fastest, which one writes fastest",
     ),
     ("serve", _serve, "share the device with other processes in this guest"),
+    (
+        "setup",
+        _setup,
+        "arrange what survives a reboot: the driver, a group that may use the device, a unit for"
+        " `guest serve`",
+    ),
 )

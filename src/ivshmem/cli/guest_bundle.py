@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).parents[1]
 # Servers, migrations and measurements stay on the host, and so do declarations for compilers.
 LEFT_OUT = {"bench", "testing", "migration"}
 PROGRAM = "ivshmem.pyz"
+LABEL = "IVSHMEM"  # of the disk image
 _START = b"#!/usr/bin/env python3\n"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same package gives the same bytes
 FORMS = ("pyz", "tar", "iso")
@@ -52,7 +53,7 @@ def make(form: str) -> bytes:
     files = {PROGRAM: _program(modules, packed=False)}
     folder = {f"{bundled.BESIDE}/{name}": data for name, data in modules.items()}
     if form == "iso":
-        return disk_image.image("IVSHMEM", {**files, **folder})
+        return disk_image.image(LABEL, {**files, **folder})
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in {**files, **folder}.items():

@@ -7,19 +7,21 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from .. import guest
-from ..errors import NoInterrupts
+from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..guest.device import RESOURCE
 from ..memory.sizes import format_size
 from ..peer import default_paths
+from ..system import systemd
 from ..system.listener import Listener
 from ..text import counted
 from . import daemon, pid_file, signals
 from .log_writer import LogWriter, tell_peer
-from .run import guarded
+from .run import fail, guarded, one_line
 from .writing import show
 
 
@@ -33,11 +35,42 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_broker(options: argparse.Namespace, ready: daemon.TellReady) -> int:
     """Share the device until a signal says to end, and give it back."""
+    with systemd.Notifier.from_environment() as notifier:
+        begun = False
+
+        def begin(status: str) -> None:
+            nonlocal begun
+            begun = True
+            notifier.ready(status)
+            ready()
+
+        try:
+            return _share(options, begin)
+        except (IvshmemError, OSError, ValueError) as error:
+            if begun or not notifier.active:
+                raise
+            # The manager hears why, and by the exit status, that another try is of no use.
+            notifier.status(one_line(error))
+            fail(error)
+            return systemd.EXIT_FIRST_START
+
+
+def _listener(options: argparse.Namespace) -> Listener:
+    """The socket that the service manager passed, or a new one."""
+    passed = systemd.listen_fds()
+    if len(passed) > 1:
+        raise ValueError(f"the service manager passed {len(passed)} sockets: one device needs one")
+    for _, fd in passed:
+        return Listener.adopt(fd)
+    return Listener(options.socket or default_paths.default_socket())
+
+
+def _share(options: argparse.Namespace, begin: Callable[[str], object]) -> int:
     with (
         signals.held(for_good=True),
         pid_file.held(options.pid_file),
         LogWriter(sys.stderr, logging.INFO),
-        Listener(options.socket or default_paths.default_socket()) as listener,
+        _listener(options) as listener,
         _open_to_share(options) as device,
         guest.Broker(
             device,
@@ -47,8 +80,9 @@ def _run_broker(options: argparse.Namespace, ready: daemon.TellReady) -> int:
             on_leave=None if options.quiet else partial(tell_peer, "left"),
         ) as broker,
     ):
-        show(_banner(broker, device))
-        ready()
+        text = _banner(broker, device)
+        show(text)
+        begin(text.partition(", pid")[0])
         with signals.calling(broker.stop):
             broker.serve_forever()
     return 0

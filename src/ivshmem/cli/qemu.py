@@ -104,6 +104,18 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--libvirt", action="store_true", help="print XML for libvirt instead")
     form.add_argument("--json", action="store_true", help="print the arguments as a JSON list")
+    form.add_argument(
+        "--cloud-init",
+        action="store_true",
+        help="print user data for cloud-init instead: it mounts the image of `guest bundle` in the"
+        " guest, and runs `guest setup`; with --iommu it also switches the IOMMU on, and reboots",
+    )
+    parser.add_argument(
+        "--guest-user",
+        metavar="USER",
+        action="append",
+        help="with --cloud-init: user in the guest who may use the device; may be repeated",
+    )
     parser.set_defaults(run=run)
 
 
@@ -128,6 +140,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--region needs --config FILE")
     if options.chardev and options.device is None:
         raise ValueError("-chardev needs -device ivshmem,...")
+    if options.guest_user and not options.cloud_init:
+        raise ValueError("--guest-user needs --cloud-init")
+    if options.cloud_init:
+        return _cloud_init(options)
     if options.device is not None:
         arguments, xml = _old(options)
     elif options.config:
@@ -149,6 +165,17 @@ def run(options: argparse.Namespace) -> int:
             # No quoting survives an unquoted $(..).
             note = "ivshmem: these words are quoted: paste them, or use `| xargs qemu-system-..`;"
             print(f"{note} the shell splits an unquoted $(..)", file=sys.stderr)
+    return 0
+
+
+def _cloud_init(options: argparse.Namespace) -> int:
+    # Here: the other forms need nothing of a guest.
+    from ..guest.setup_files import check_name
+    from . import cloud_init
+
+    users = map(check_name, options.guest_user or ())
+    words = [word for user in users for word in ("--user", user)]
+    print(cloud_init.user_data(words, iommu=options.iommu), end="")
     return 0
 
 

@@ -52,9 +52,6 @@ _FDS_OF_THE_SERVICE, _FDS_OF_A_REGION = 24, 8  # roughly, without those of peers
 _FDS_TO_START = 18  # to open one region and its control socket, and to import what that needs
 _FEW_PEERS = 100
 
-# To a service manager: do not try again (RestartPreventExitStatus=). EX_CONFIG of sysexits(3).
-EXIT_FIRST_START = 78
-
 _TRIES = 3  # children that are killed before they serve, until the start has failed
 
 
@@ -202,7 +199,7 @@ def plan_and_serve(options: argparse.Namespace, ready: Callable[[], None]) -> in
         fail(error)
         with contextlib.suppress(OSError), systemd.Notifier(address) as notifier:
             notifier.status(one_line(error))
-        return EXIT_FIRST_START
+        return systemd.EXIT_FIRST_START
 
 
 def serve(plan: ServePlan, ready: Callable[[], None]) -> int:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
+from ..system.systemd import unit_words
+
 _UNITS = ("ivshmem.service", "ivshmem@.service", "ivshmem@.socket")
 _SYSUSERS = "ivshmem.conf"
 
@@ -63,9 +65,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Write the units."""
-    program = _program()
+    program = own_command()
     if not options.user:
-        _check_place(program)
+        check_place(program)
     folder = Path(options.directory or _default(user=options.user))
     files = {folder / name: unit(_read(name), program, user=options.user) for name in _UNITS}
     if not options.user and options.directory is None:
@@ -85,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
 def unit(text: str, program: list[str], *, user: bool) -> str:
     """A unit of the package as it fits one installation; `program` is what runs `ivshmem`."""
     lines = text.splitlines()
-    lines = [re.sub("^ExecStart=ivshmem ", f"ExecStart={_words(program)} ", line) for line in lines]
+    start = f"ExecStart={unit_words(program)} "
+    lines = [re.sub("^ExecStart=ivshmem ", start, line) for line in lines]
     if user:
         lines = list(_for_a_user(lines))
     return "\n".join(lines) + "\n"
@@ -104,26 +107,21 @@ def _for_a_user(lines: list[str]) -> Iterator[str]:
         yield line.replace("multi-user.target", "default.target")
 
 
-def _words(program: list[str]) -> str:
-    """Words as systemd.service(5) has them in ExecStart=."""
-    return " ".join(map(_word, program))
-
-
-def _word(word: str) -> str:
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{escaped}"' if re.search(r"[\s\"'\\;]", word) else escaped
-
-
-def _program() -> list[str]:
+def own_command() -> list[str]:
     """What runs this installation, by absolute paths."""
     script = Path(sys.executable).with_name("ivshmem")
     return [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "ivshmem"]
 
 
-def _check_place(program: list[str]) -> None:
+def hidden_place(path: str) -> str:
+    """The folder that hides a path from services; "": none."""
+    path = os.path.abspath(path)
+    return next((place for place in _HIDDEN if path.startswith(f"{place}/")), "")
+
+
+def check_place(program: list[str]) -> None:
     path = os.path.abspath(program[0])
-    hidden = next((place for place in _HIDDEN if path.startswith(f"{place}/")), None)
-    if hidden is not None:
+    if hidden := hidden_place(path):
         raise ValueError(
             f"{path}: the units hide {hidden} from the service. Install ivshmem elsewhere (python3"
             " -m venv /opt/ivshmem && /opt/ivshmem/bin/pip install .), or give --user"

@@ -162,6 +162,10 @@ class DeviceSteps:
             return ok(f"{who}, with access to {group}")
         if (name := uio.name(device)) is not None and _may_write(uio.DEV / name):
             return ok(f"{who}, with access to {uio.DEV / name}")
+        mapped = device.path / "resource0"
+        enabled = not device.driver and pci.is_enabled(device)
+        if enabled and all(map(_may_write, (mapped, device.path / "resource2"))):
+            return ok(f"{who}, with access to {mapped}")
         if os.geteuid() == 0:
             return failed(
                 f"root may not write {lacking[0]}: is this a container?", "mount -o remount,rw /sys"

@@ -63,7 +63,7 @@ def choose(address: str | None) -> pci.Device:
         NoSuchDevice: there is none, or several to choose from.
     """
     found = pci.devices()
-    wanted = [d for d in found if address is None or _normal(address) == d.address]
+    wanted = [d for d in found if address is None or full_address(address) == d.address]
     if len(wanted) == 1:
         return wanted[0]
     there = ", ".join(d.address for d in found)
@@ -77,7 +77,7 @@ def choose(address: str | None) -> pci.Device:
     raise NoSuchDevice(f"no ivshmem device at {address}; there is {there}")
 
 
-def _normal(address: str) -> str:
+def full_address(address: str) -> str:
     """Return an address in sysfs's form, from a short form as lspci prints it."""
     address = address.lower()
     if address.count(":") == 1:

@@ -510,8 +510,7 @@ class SysfsDevice(_WithoutInterrupts):
             )
         with _explained(device, str(device.path)):
             with pci.locked(device):
-                pci.enable(device, True)
-                self._undo(lambda: pci.enable(device, False))
+                self._enable()
             # The kernel counts the processes that enabled the device, and acts only on the first.
             if not pci.command(device) & pci.COMMAND_MEMORY:
                 pci.set_command(device, pci.COMMAND_MEMORY)
@@ -523,6 +522,17 @@ class SysfsDevice(_WithoutInterrupts):
             finally:
                 os.close(fd)
         self._map_resource(memory or RESOURCE)
+
+    def _enable(self) -> None:
+        device = self.device
+        try:
+            pci.enable(device, True)
+        except PermissionError:
+            # Only root may. Others may use what is enabled already: by `guest setup`, for instance.
+            if not pci.is_enabled(device):
+                raise
+        else:
+            self._undo(lambda: pci.enable(device, False))
 
     def _check_can_wait(self) -> NoReturn:
         if self.device.variant == "plain":

@@ -238,15 +238,12 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
     now = look(device.address)
     if now.driver == driver:
         return lambda: None
-    override = (device.path / "driver_override").read_text().strip()
+    override = driver_override(device)
+
+    def restore() -> None:
+        unbind(device, driver, now.driver, override)
 
     # The override first, both ways: a process that may not write it changes nothing.
-    def restore() -> None:
-        _write(device.path / "driver_override", "\n" if override in ("", "(null)") else override)
-        _unbind(device, driver)
-        if now.driver:
-            _write(SYSFS / "drivers" / now.driver / "bind", device.address)
-
     try:
         _write(device.path / "driver_override", driver)
         if now.driver:
@@ -260,6 +257,26 @@ def bind(device: Device, driver: str) -> Callable[[], None]:
             restore()
         raise
     return restore
+
+
+def driver_override(device: Device) -> str:
+    """Return the name of the only driver that may take the device; "": any that fits."""
+    text = (device.path / "driver_override").read_text().strip()
+    return "" if text == "(null)" else text
+
+
+def unbind(device: Device, driver: str, former: str, override: str) -> None:
+    """Take the device from `driver`, and give it to the `former` one, if it had one.
+
+    Call it under `locked`, and only if no process has the device open through vfio.
+
+    Args:
+        override: the driver_override to set.
+    """
+    _write(device.path / "driver_override", override or "\n")
+    _unbind(device, driver)
+    if former:
+        _write(SYSFS / "drivers" / former / "bind", device.address)
 
 
 def _unbind(device: Device, driver: str) -> None:
@@ -298,6 +315,11 @@ def enable(device: Device, on: bool) -> None:
     except OSError as error:
         if on or error.errno != errno.EBUSY:  # EBUSY: a driver has the device now
             raise
+
+
+def is_enabled(device: Device) -> bool:
+    """Return whether a process uses the device without a driver, or has enabled it for others."""
+    return _text(device.path / "enable") not in ("", "0")
 
 
 def _text(path: Path) -> str:

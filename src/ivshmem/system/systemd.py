@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _log = late_logging.log_of("ivshmem.server")
 
+# To a service manager: do not try again (RestartPreventExitStatus=). EX_CONFIG of sysexits(3).
+EXIT_FIRST_START = 78
+
 _FIRST = 3  # the first descriptor passed, SD_LISTEN_FDS_START
 _MOST = 253  # descriptors in a message, SCM_MAX_FD
 _MAX_NAME = 255
@@ -83,6 +86,17 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[tuple[str
 def address(environ: Mapping[str, str] = os.environ) -> str | None:
     """Where the service manager listens, as the environment says; None: there is none."""
     return environ.get("NOTIFY_SOCKET") or None
+
+
+def unit_words(words: Sequence[str]) -> str:
+    """Words as a unit has them in ExecStart=, see systemd.service(5)."""
+    return " ".join(map(_unit_word, words))
+
+
+def _unit_word(word: str) -> str:
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    special = any(character.isspace() or character in "\"'\\;" for character in word)
+    return f'"{escaped}"' if special else escaped
 
 
 def check_name(name: str) -> str:
