@@ -35,7 +35,7 @@ from support.served import Served
 from support.waiting import until
 
 import ivshmem
-from ivshmem import migration
+from ivshmem import channel, migration
 from ivshmem.migration import (
     MigrationError,
     MigrationFailed,
@@ -364,6 +364,55 @@ def test_host_clients(group: MakeGroup) -> None:
     with ivshmem.connect(moving.where[1], timeout=20) as client_there:
         assert bytes(client_there.region) == PATTERN
     moving.check_there()
+
+
+def test_channels(group: MakeGroup) -> None:
+    """What was committed is read at the destination, where all earlier places count as gone.
+
+    Nobody is rung on their behalf, although another client has the id of one that slept.
+    """
+    moving = group("doorbell")
+    moving.add_master()
+    moving.add_other("b")
+    ivshmem.Directory.create(moving.regions[0], channels="256K").close()
+    with ExitStack() as at_source:
+        client = at_source.enter_context(ivshmem.connect(moving.where[0], timeout=20))
+        own = at_source.enter_context(channel.open(client, name="left behind"))
+        messages = own.create_messages("messages", limit=8, slots=4, writers=1, readers=1)
+        queue = own.create_queue("queue", limit=8, slots=4, writers=1, readers=1)
+        value = own.create_value("value", limit=8, readers=1)
+        ends: list[Any] = [each.writer() for each in (messages, queue, value)]
+        reader = messages.reader("block")
+        for number in (b"1", b"2"):
+            for end in ends:
+                end.put(number)
+        job = queue.reader().take(0)
+        assert job is not None
+        while reader.get(0) is not None:
+            pass
+        reader.fileno()  # it sleeps, as far as the memory tells
+        assert moving.migrate().count("free") == 1
+        with ExitStack() as there:
+            clients = [
+                there.enter_context(ivshmem.connect(moving.where[1], timeout=20)) for _ in range(2)
+            ]
+            (same,) = (each for each in clients if each.id == client.id)
+            clients.remove(same)
+            channels = there.enter_context(channel.open(clients[0], name="there"))
+            assert [place.name for place in channels.places()] == ["there"]
+            found: Any = {info.name: channels.open(info.name) for info in channels.list()}
+            again = there.enter_context(found["messages"].reader("block", history=4))
+            assert [again.get(0) for _ in range(3)] == [b"1", b"2", None]
+            writer = there.enter_context(found["messages"].writer())
+            writer.put(b"3")
+            assert again.get(0) == b"3"
+            jobs = there.enter_context(found["queue"].reader())
+            with jobs.take(0) as first, jobs.take(0) as second:
+                seen = {bytes(each): each.redelivered for each in (first, second)}
+            assert seen == {b"1": True, b"2": False}
+            assert there.enter_context(found["value"].reader()).get() == b"2"
+            there.enter_context(found["value"].writer()).put(b"4")
+            assert same.wait(0, timeout=0.2) is None
 
 
 _CLIENT = """\
