@@ -7,9 +7,11 @@ broker. By night the other ways into a guest.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,6 +152,259 @@ def test_a_host_that_may_only_read(pair: Pair, pair_host: ivshmem.Client) -> Non
             watcher.join(TIMEOUT)
             assert failed == []
             assert not watcher.is_alive()
+
+
+# Arguments: the access. It answers "out" in "back"; nothing but an interrupt ends its sleeps.
+WATCHES = """
+import asyncio, select, sys
+import talk
+from ivshmem import channel, guest
+
+async def answer(reader, writer, count):
+    async def one():
+        for _ in range(count):
+            message = await reader.get_async(talk.PATIENCE)
+            await writer.put_async(message, talk.PATIENCE)
+        return True
+    async def other():
+        return await idle.wait_changed_async(talk.PATIENCE)
+    both = asyncio.gather(one(), other())
+    print("LISTENS", flush=True)
+    print("HEARD", *await both, flush=True)
+
+def watch(reader, writer, count):
+    poll = select.poll()
+    poll.register(reader.fileno(), select.POLLIN)
+    print("LISTENS", flush=True)
+    while count:
+        if (message := reader.get(0)) is None:
+            assert poll.poll(1000 * talk.PATIENCE), count
+            continue
+        writer.put(message, talk.PATIENCE)
+        count -= 1
+
+(found, *_) = sorted(guest.devices(), key=lambda each: each.variant != "doorbell")
+with guest.open(found.address, access=sys.argv[1]) as device:
+    with channel.open(device, name="guest", beat=1000, lease=10000) as channels:
+        idle = channels.open("value").reader()
+        with channels.open("out").reader("block") as reader:
+            with channels.open("back").writer() as writer:
+                asyncio.run(answer(reader, writer, 5))
+                watch(reader, writer, 5)
+"""
+
+
+def hold_answers(channels: Channels, a: Run) -> None:
+    """The host's part: one message after the other, each after the guest sleeps again."""
+    out, back = (channels.open(name, "messages") for name in ("out", "back"))
+    assert isinstance(out, channel.Messages)
+    assert isinstance(back, channel.Messages)
+    value = channels.open("value", "value")
+    assert isinstance(value, channel.Value)
+    with out.writer() as writer, back.reader("block") as reader, value.writer() as setter:
+        for how in ("asyncio", "poll"):
+            a.expect("LISTENS")
+            for number in range(5):
+                time.sleep(0.05)
+                writer.put(talk.message(number))
+                assert reader.get(TIMEOUT) == talk.message(number), how
+            if how == "asyncio":
+                setter.put(talk.message(7))
+                assert a.expect("HEARD").startswith("HEARD True b")
+    assert a.wait() == 0
+
+
+@pytest.mark.nightly
+def test_asyncio_and_descriptors_by_vfio(pair: Pair, pair_host: ivshmem.Client) -> None:
+    with at_host(pair_host, "512K") as channels:
+        hold_answers(channels, pair.a.run(WATCHES, "vfio"))
+
+
+@pytest.mark.nightly
+def test_asyncio_and_descriptors_by_uio(
+    manual: Manual, manual_host: ivshmem.Client, driver: Path
+) -> None:
+    """The descriptor of a UIO device is no eventfd; its edge wakes loops all the same."""
+    load = f"import checks\nchecks.load_module({str(driver)!r})\n"
+    unload = "checks.unload_module('uio_doorbell')\n"
+    with at_host(manual_host, "512K") as channels:
+        hold_answers(channels, manual.guest.run(load + WATCHES + unload, "uio"))
+
+
+# The device drops each interrupt, as it does until its driver turns MSI-X on.
+WITHOUT_MSIX = """
+import asyncio, select, struct
+import talk
+from ivshmem import channel, guest
+
+def msix(address, on):
+    with open(f"/sys/bus/pci/devices/{address}/config", "r+b", buffering=0) as config:
+        space = config.read(256)
+        at = space[0x34]
+        while space[at] != 0x11:
+            at = space[at + 1]
+            assert at, "no MSI-X"
+        (control,) = struct.unpack_from("<H", space, at + 2)
+        config.seek(at + 2)
+        config.write(struct.pack("<H", control & 0x7fff | on << 15))
+        return control >> 15
+
+(found, *_) = sorted(guest.devices(), key=lambda each: each.variant != "doorbell")
+with guest.open(found.address, access="vfio") as device:
+    with channel.open(device, name="guest", beat=0.2, lease=10) as channels:
+        with channels.open("out").reader("block") as reader:
+            with channels.open("back").writer() as writer:
+                assert msix(found.address, 0)
+                poll = select.poll()
+                def block():
+                    return reader.get(talk.PATIENCE)
+                def task():
+                    return asyncio.run(reader.get_async(talk.PATIENCE))
+                def watch():
+                    fd = reader.fileno()
+                    poll.register(fd, select.POLLIN)
+                    while (message := reader.get(0)) is None:
+                        assert poll.poll(1000 * talk.PATIENCE)
+                    return message
+                for way in (block, task, watch):
+                    print("LISTENS", flush=True)
+                    writer.put(way(), talk.PATIENCE)
+                assert not msix(found.address, 1), "it was off all the time"
+"""
+
+
+@pytest.mark.nightly
+def test_before_msix_is_on(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """The host rings, and no interrupt comes: each way to sleep looks by itself once a beat."""
+    with at_host(pair_host, "512K") as channels:
+        out, back = (channels.open(name, "messages") for name in ("out", "back"))
+        assert isinstance(out, channel.Messages)
+        assert isinstance(back, channel.Messages)
+        with out.writer() as writer, back.reader("block") as reader:
+            a = pair.a.run(WITHOUT_MSIX)
+            for number in range(3):
+                a.expect("LISTENS")
+                time.sleep(0.1)
+                writer.put(talk.message(number))
+                assert reader.get(TIMEOUT) == talk.message(number)
+            assert a.wait() == 0
+
+
+# -- arrays -------------------------------------------------------------------------------------
+
+# The guest has no numpy: it fills a loan, and looks at a view, both in place.
+ARRAYS = """
+import talk
+from ivshmem import guest
+
+(found, *_) = sorted(guest.devices(), key=lambda each: each.variant != "doorbell")
+with guest.open(found.address) as device, talk.join(device, "guest") as channels:
+    with channels.open("to host").writer() as writer, channels.open("to guest").reader() as reader:
+        print("THERE", flush=True)
+        for number in range(3):
+            with writer.loan() as loan, memoryview(loan).cast("B") as memory:
+                for i in range(0, len(memory), 4):
+                    memory[i : i + 4] = (number * 1000 + i).to_bytes(4, "little")
+            with reader.view(talk.PATIENCE) as view, memoryview(view).cast("B") as memory:
+                assert len(memory) == 4 * 12 * 64
+                for i in range(0, len(memory), 4):
+                    assert int.from_bytes(memory[i : i + 4], "little") == number * 7 + i // 4
+"""
+
+
+def test_arrays_share_the_memory_of_a_guest(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """What the host receives from a guest, and what it sends there, is the region itself."""
+    numpy = pytest.importorskip("numpy")
+    shape, dtype = (12, 64), "<i4"
+    with at_host(pair_host, "512K") as channels:
+        few: dict[str, Any] = {"slots": 2, "writers": 1, "readers": 1, "views": 1}
+        to_host = channels.create_messages("to host", dtype=dtype, shape=shape, **few)
+        to_guest = channels.create_messages("to guest", dtype=dtype, shape=shape, **few)
+        region = numpy.frombuffer(pair_host.region, dtype="u1")
+        steps = numpy.arange(12 * 64, dtype=dtype).reshape(shape)
+        with to_host.reader("block") as reader, to_guest.writer() as writer:
+            a = pair.a.run(ARRAYS)
+            a.expect("THERE")
+            for number in range(3):
+                view = reader.view(TIMEOUT)
+                assert view is not None
+                with view:
+                    received = view.array
+                    assert numpy.shares_memory(received, region)
+                    assert not received.flags.writeable
+                    assert (received == number * 1000 + 4 * steps).all()
+                    del received
+                with writer.loan() as loan:
+                    sent = loan.array
+                    assert numpy.shares_memory(sent, region)
+                    sent[:] = number * 7 + steps
+                    del sent
+            assert a.wait() == 0
+        del region
+
+
+# -- guests alone ----------------------------------------------------------------------------------
+
+MAKES = """
+import time
+import talk
+from ivshmem import channel, guest
+
+with guest.open() as device, channel.open(device, name="maker", beat=0.2, lease=2) as channels:
+    queue = channels.create_queue("jobs", limit=8, slots=4, readers=1)
+    more = channels.create_queue("more", limit=8, slots=4)
+    with queue.writer() as writer, more.reader() as reader:
+        writer.put(b"job")
+        print("MADE", flush=True)
+        assert reader.get(talk.PATIENCE) == b"begun"
+
+        def other():
+            return [(each.place, each.state) for each in channels.places() if each.name == "takes"]
+        while [state for _, state in other()] == ["at work"]:
+            time.sleep(0.05)
+        ((place, state),) = other()
+        assert state == "silent"
+        time.sleep(3)
+        assert other() == [(place, "silent")], "no proof is to be had here"
+        try:
+            queue.reader()
+        except channel.ChannelError as error:
+            print("SET ASIDE", flush=True)
+        assert channels.free_place(place)
+        assert other() == []
+        with queue.reader() as mine, mine.take(talk.PATIENCE) as job:
+            assert bytes(job) == b"job" and job.redelivered
+"""
+
+TAKES = """
+import os, signal
+import talk
+from ivshmem import channel, guest
+
+if (pid := os.fork()) == 0:
+    try:
+        device = guest.open()
+        channels = channel.open(device, name="takes", beat=0.2, lease=2)
+        job = channels.open("jobs").reader().take(talk.PATIENCE)
+        channels.open("more").writer().put(b"begun")
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.nightly
+def test_guests_alone(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """No process of the host takes part: a death is known by the lease, and proven by nobody.
+
+    What the dead one may still store into is set aside until somebody says that it is gone.
+    """
+    ivshmem.Directory.create(pair_host.region, channels="512K").close()
+    a = pair.a.run(MAKES)
+    a.expect("MADE")
+    b = pair.b.run(TAKES)
+    a.expect("SET ASIDE")
+    assert (a.wait(), b.wait()) == (0, 0)
 
 
 def finish(channels: Channels, a: Guest | Run, opened: str, vector: int | None) -> None:
