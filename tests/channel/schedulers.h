@@ -327,13 +327,19 @@ static int is_extra(struct label label, const char *function)
         return 1;
     case CELL:
         return label.b % 8 != 0 && !has_two_parts;
+    case REPLY: /* the payload is the model's */
+        return label.b == 8 || label.b % 8 != 0;
     case STAMP: case BACKLOG_STAMP: /* the model looks at it only behind the payload */
-        if (the_channel->record.geometry.kind == IVSHMEM_QUEUE) /* there a claim says the same */
+        if (ivshmem_has_claims(the_channel)) /* there a claim says the same */
             return 1;
         return strcmp(function, "ivshmem_entry_read") == 0 ||
                strcmp(function, "ivshmem_value_look") == 0;
     case CLAIM:
         return strcmp(function, "ivshmem_claim_ends") == 0;
+    case WRITER_SLEEPER:
+        /* A reply looks at it there alone; others have looked before they come there. */
+        return the_channel->record.geometry.kind != IVSHMEM_CALLS &&
+               strcmp(function, "ivshmem_wake_one") == 0;
     default:
         return strcmp(function, "ivshmem_writer_reap") == 0 ||
                strcmp(function, "ivshmem_reader_open") == 0 ||

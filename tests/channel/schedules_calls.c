@@ -9,6 +9,7 @@ static unsigned ran[PARTIES][MOST], answered[PARTIES][MOST], told[PARTIES][MOST]
 static unsigned replied_by[PARTIES][MOST]; /* 1 + the server's party */
 static int is_given_up[PARTIES][MOST];     /* and was said never to have run */
 static int may_be_lost; /* a server dies, or was removed: callers may be told so */
+static int passes_on;   /* a server passes each ring on before it works, as the model's */
 static int is_shared;   /* a removed server lives, whose late stores may spoil replies */
 
 static uint64_t number_of(const struct party *party, unsigned which)
@@ -166,6 +167,8 @@ static int serve(struct party *party)
     if (code != 0)
         return code;
     CHECK(!taken.redelivered && taken.message.length == LENGTH, taken.redelivered);
+    if (passes_on)
+        ivshmem_queue_pass_on(server);
     IVSHMEM_COPY(words, region + taken.message.offset, LENGTH);
     /* The reply's stores may overtake these loads: nobody looks at a reply before its claim says that it
      * is there, and that exchange is a fence. This memory takes any store for an announcement. */
@@ -403,6 +406,47 @@ static void a_removed_server_lives(void)
     add_later_server("s1");
 }
 
+/* -- as the cases of the model that these follow ----------------------------------------------------- */
+
+static void call_as(struct party *party)
+{
+    struct ivshmem_writer *caller = &party->peer->writer;
+    for (unsigned i = 0; i < total; i++) {
+        uint64_t position = begin_call(party, i);
+        uint32_t length = 0;
+        unsigned status = 0;
+        while (ivshmem_call_look(caller, position, &length, &status) == IVSHMEM_AGAIN) {
+            ivshmem_queue_writer_sleep(caller);
+            if (ivshmem_call_waits(caller, position))
+                wait_for_ring();
+            ivshmem_sleep_end(caller->channel, &caller->sleep);
+        }
+        is_answered(party, i, position, length, status);
+    }
+    end_calling(party);
+}
+
+static void serve_as(struct party *party)
+{
+    struct ivshmem_reader *server = &party->peer->reader;
+    while (party->got < total) {
+        if (serve(party) == 0)
+            continue;
+        if (ivshmem_queue_sleep(server) == IVSHMEM_AGAIN)
+            wait_for_ring();
+        ivshmem_queue_awake(server);
+    }
+    end_serving(party);
+}
+
+static void as_call(void)
+{
+    begin(1, 1, 2);
+    passes_on = 1;
+    add_caller("c0", call_as);
+    add_server("s0", serve_as);
+}
+
 static void reset(void)
 {
     finished = 0;
@@ -418,7 +462,7 @@ static void check(void)
     for (unsigned i = 0; i < party_count; i++)
         for (unsigned j = 0; j < total; j++) {
             int calls = parties[i].program == call_all || parties[i].program == call_two ||
-                        parties[i].program == call_later;
+                        parties[i].program == call_later || parties[i].program == call_as;
             CHECK(ran[i][j] <= 1, ran[i][j]);
             CHECK(!is_given_up[i][j] || ran[i][j] == 0, j);
             CHECK(answered[i][j] + told[i][j] <= 1, j);
@@ -439,6 +483,7 @@ int main(int argc, char **argv)
         {"two-callers", two_callers, check},
         {"one-each", one_each, check},
         {"given-up", given_up, check},
+        {"as-call", as_call, check},
         {"a-server-dies", a_server_dies, check},
         {"the-next-server", the_next_server, check},
         {"a-caller-dies", a_caller_dies, check},

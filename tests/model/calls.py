@@ -26,6 +26,7 @@ from model.operations import (
     Process,
     Steps,
     Store,
+    StoreBarrier,
 )
 from model.role import Role, awake
 
@@ -54,6 +55,9 @@ class Calls:
     mortal: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     spurious: frozenset[str] = frozenset()
+    most: int = 0  # each server ends after so many calls, and no caller says that it has ended
+    counted: int = 1  # see Role
+    cells: bool = False  # a request has a cell, and an entry that says which, as in the C header
 
     def case(self, without: Iterable[str] = ()) -> Case:
         words: dict[Hashable, Hashable] = {}
@@ -64,6 +68,8 @@ class Calls:
             for i in range(self.slots):
                 words["claim", c, i] = Claim(i - self.slots, DONE)
                 words["request", c, i] = words["reply", c, i] = None
+                words["entry", c, i] = i
+            words["request", c, self.slots] = None
         for s in range(self.servers):
             processes[f"s{s}"] = partial(self._serve, s, without)
         words |= awake(*processes)
@@ -95,17 +101,19 @@ class Calls:
 
 class Requester(Role):
     def __init__(self, setting: Calls, c: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"c{c}", without)
+        super().__init__(f"c{c}", without, setting.counted)
         self.setting = setting
         self.c = c
         self.position = 0
+        self.of_slots = list(range(setting.slots))  # the cell of each
+        self.spare = setting.slots
 
     def run(self) -> Process:
         outcomes: tuple[str, ...] = ()
         for number in range(self.setting.calls):
             outcome = yield from self.call(number)
             outcomes += (outcome,)
-        if not self.setting.one:
+        if not self.setting.one and not self.setting.most:
             yield Store(("head", self.c), (self.position, True))
             yield from self.announce(everybody=True)
         return outcomes
@@ -117,7 +125,13 @@ class Requester(Role):
         yield LoadBarrier()
         if claim.state not in (DONE, REPLIED):
             return "full"  # given up before, and still with a server
-        yield Store(("request", c, i), (c, number))
+        cell = self.spare if self.setting.cells else i
+        yield Store(("request", c, cell), (c, number))
+        if self.setting.cells:
+            yield StoreBarrier()
+            yield Store(("entry", c, i), cell)
+            yield StoreBarrier()
+            self.spare, self.of_slots[i] = self.of_slots[i], self.spare
         yield Store(("claim", c, i), Claim(p, OPENED))
         yield from self.store_barrier("request before head")
         self.position = p + 1
@@ -141,7 +155,11 @@ class Requester(Role):
                 yield from self.load_barrier("reply before done")
                 if reply != (self.c, number):
                     raise Fault(f"the reply to call {number} is {reply}")
-                yield Store(place, claim._replace(state=DONE))
+                if self.setting.cells:  # the C ends all calls alike
+                    now = yield Load(place)
+                    yield from self.take_back(place, now)
+                else:
+                    yield Store(place, claim._replace(state=DONE))
                 return "reply"
             if claim.state == TAKEN and (yield from self.gone(claim.server)):
                 if (yield from self.take_back(place, claim)):
@@ -175,8 +193,9 @@ class Requester(Role):
 
 class Server(Role):
     def __init__(self, setting: Calls, s: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"s{s}", without)
+        super().__init__(f"s{s}", without, setting.counted)
         self.setting = setting
+        self.served = 0
         self.closed = [False] * setting.callers
 
     def run(self) -> Process:
@@ -185,7 +204,8 @@ class Server(Role):
             if found is not None:
                 c, claim = found
                 served = yield from self.serve(c, claim)
-                if served and self.setting.one:
+                self.served += served and bool(self.setting.most)
+                if served and (self.setting.one or self.served == self.setting.most > 0):
                     return
             elif all(self.closed):
                 return
@@ -215,9 +235,13 @@ class Server(Role):
                 return False
         else:
             yield Store(place, mine)
+        cell = claim.position % self.setting.slots
+        if self.setting.cells:
+            cell = yield Load(("entry", c, cell))
+            yield LoadBarrier()
         if self.has("a server rings the next"):
             yield from self.pass_on()
-        request = yield Load(("request", c, claim.position % self.setting.slots))
+        request = yield Load(("request", c, cell))
         yield LoadBarrier()
         if request is None or request[0] != c:
             raise Fault(f"{self.name} got the request {request} of caller {c}")

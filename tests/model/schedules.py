@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model import value
+from model.calls import Calls
 from model.explorer import Case, Step, covering
 from model.messages import OVERWRITE, Channel
 from model.messages_cases import Setting
@@ -79,10 +80,31 @@ QUEUE: Mapping[str, Followed] = {
 VALUE: Mapping[str, Followed] = {
     "as-latest": Followed(value.Setting(messages=2, start=6, counted=16).case, of_messages)
 }
+
+
+def _calls(setting: Calls) -> Followed:
+    def word(address: Any) -> Word:
+        kind, *rest = address
+        if kind == "sleeper":
+            role = {"c": "writer", "s": "reader"}[rest[0][0]]
+            return (f"{role}-sleeper", int(rest[0][1:]), 0)
+        if kind == "request":
+            return ("cell", rest[0], 8 * rest[1])
+        if kind == "reply":  # behind the cells of requests
+            return (kind, rest[0], 8 * (setting.slots + 1 + rest[1]))
+        return (kind, rest[0], rest[1] if rest[1:] else 0)
+
+    return Followed(setting.case, word)
+
+
+CALLS: Mapping[str, Followed] = {
+    "as-call": _calls(Calls(slots=2, calls=2, most=2, counted=16, cells=True)),
+}
 FOLLOWED: Mapping[str, Mapping[str, Followed]] = {
     "schedules_messages": MESSAGES,
     "schedules_queue": QUEUE,
     "schedules_value": VALUE,
+    "schedules_calls": CALLS,
 }
 
 
