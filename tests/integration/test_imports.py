@@ -301,7 +301,7 @@ ROOMS_OF = {
     "qemu -S PATH": "memory native peer qemu system",
     "doctor --host": f"{CONTROLS} doctor guest memory",
     "status -S PATH": f"{CONTROLS} memory",
-    "top -S PATH": f"{CONTROLS} memory",
+    "top -S PATH": f"{CONTROLS} channel memory",
     "trace -S PATH -t 0.1 NEW.json": "native peer protocol service system tracing",
     "evict -S PATH 7": CONTROLS,
     "hold -S PATH 7": CONTROLS,

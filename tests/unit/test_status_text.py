@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ivshmem.cli import status_text, top
+from ivshmem.cli import status_text, tables, top
 from ivshmem.cli.browser import Browser
 from ivshmem.qemu.guest_name import guest_name, guest_of
 from ivshmem.server import log_events
@@ -72,7 +72,7 @@ def status(time: float = 1060.0, **counts: int) -> dict[str, Any]:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert status_text.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_a_table_is_in_columns() -> None:

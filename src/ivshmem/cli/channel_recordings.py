@@ -21,7 +21,7 @@ from .arguments import checked, seconds
 from .channel_payload import json_line
 from .channel_region import ChannelCommand, add_readonly, joined
 from .progress import ProgressBar
-from .status_text import duration
+from .tables import duration
 
 if TYPE_CHECKING:
     from ..recording.recorder import Recorder

@@ -29,6 +29,7 @@ from ..forward.listening import Sockets
 from ..memory.sizes import format_size, parse_size
 from ..peer.endpoint import Endpoint
 from ..system.systemd import Notifier
+from ..system.uncopied import Uncopied
 from ..text import counted
 from . import daemon, endpoints, signals
 from .arguments import checked, mode, number_from, seconds
@@ -247,7 +248,7 @@ def _run_stdio(options: argparse.Namespace, endpoint: Endpoint, name: str) -> in
     return 0
 
 
-class _Service:
+class _Service(Uncopied):
     """One Forwarder after the other, as a service manager sees them: that they begin, live and end.
 
     Args:

@@ -15,7 +15,7 @@ from ..migration.inspection import Controls
 from ..text import counted, plain
 from . import signals
 from .progress import ProgressBar
-from .status_text import duration
+from .tables import duration
 
 _T = TypeVar("_T")
 

@@ -11,13 +11,14 @@ import os
 import shutil
 from typing import TextIO
 
+from ..system.uncopied import Uncopied
 from .tables import cut
 from .writing import Aside
 
 _WIDTH = 24  # of the bar, in columns
 
 
-class ProgressBar:
+class ProgressBar(Uncopied):
     """Shows on `stream` what share is done, and of what; a context manager, that wipes the bar.
 
     Args:

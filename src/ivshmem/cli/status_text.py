@@ -13,7 +13,7 @@ from ..memory.sizes import format_size
 from ..qemu.guest_name import guest_of
 from ..system import processes
 from ..text import NAME, counted, plain
-from .tables import Row, Sortable
+from .tables import Row, Sortable, duration
 from .tables import table as columned
 
 TYPE_CHECKING = False
@@ -132,21 +132,6 @@ def sortable(peers: Sequence[StatusReply], now: float) -> Sortable:
 def table(rows: Iterable[Sequence[str]], columns: int | None = None) -> list[str]:
     """Rows under HEAD, as wide as a terminal with so many columns; None: as wide as they are."""
     return columned([HEAD, *rows], right=_RIGHT, columns=columns, expendable=_EXPENDABLE)
-
-
-def duration(seconds: float) -> str:
-    """So long, in the two units that matter."""
-    whole = max(int(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, whole = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {whole:02} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes:02} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02} h"
 
 
 def _called(peer: StatusReply) -> str:

@@ -164,3 +164,18 @@ def entry(name: str, text: str, *, indent: int, columns: int) -> list[str]:
 def _padded(text: str, columns: int, *, right: bool) -> str:
     room = " " * (columns - width(text))
     return room + text if right else text + room
+
+
+def duration(seconds: float) -> str:
+    """So long, in the two units that matter."""
+    whole = max(int(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, whole = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {whole:02} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02} h"

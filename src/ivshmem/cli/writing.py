@@ -17,6 +17,8 @@ import os
 import threading
 import time
 
+from ..system.uncopied import Uncopied
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TextIO
@@ -59,7 +61,7 @@ def show(text: str, fd: int = 1, end: str = "\n") -> None:
         raise error
 
 
-class Aside:
+class Aside(Uncopied):
     """Writes texts to a stream's descriptor, by a thread: who gives them never waits for a reader.
 
     Texts that nobody can be shown, since the descriptor is broken, are lost without a word.
