@@ -201,6 +201,15 @@ class ModuleTree:
             *root.glob("usr/lib/modules/*/kernel/**/*.ko*"),
         )
         self._files = {_canonical(path.name.split(".ko")[0]): path for path in files}
+        lists = (
+            *root.glob("lib/modules/*/modules.builtin"),
+            *root.glob("usr/lib/modules/*/modules.builtin"),
+        )
+        self._built_in = {
+            _canonical(Path(line).name.split(".ko")[0])
+            for path in lists
+            for line in path.read_text().split()
+        }
 
     def read(self, name: str) -> bytes:
         """The module itself: busybox's insmod wants it uncompressed."""
@@ -216,7 +225,7 @@ class ModuleTree:
                 depends = re.search(rb"\0depends=([^\0]+)\0", self.read(name))
                 needed = depends[1].decode().split(",") if depends else []
                 order += [module for module in (*self.closure(needed), name) if module not in order]
-            elif name not in OPTIONAL:
+            elif name not in OPTIONAL and name not in self._built_in:
                 raise RuntimeError(f"the kernel package has no module {name}")
         return order
 
