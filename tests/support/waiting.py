@@ -67,16 +67,17 @@ def sleeps_in_read(thread_id: int) -> bool:
 
 def sleeps_in_read_of(process_id: int) -> bool:
     """Whether the main thread of another process sleeps in read(2)."""
-    return _process_sleeps_in(process_id, _READ)
+    return _thread_sleeps_in(Path(f"/proc/{process_id}/syscall"), _READ)
 
 
 def sleeps_in_write_of(process_id: int) -> bool:
-    """Whether the main thread of another process sleeps in write(2)."""
-    return _process_sleeps_in(process_id, _WRITE)
+    """Whether a thread of another process sleeps in write(2)."""
+    threads = Path(f"/proc/{process_id}/task").iterdir()
+    return any(_thread_sleeps_in(thread / "syscall", _WRITE) for thread in threads)
 
 
-def _process_sleeps_in(process_id: int, calls: dict[str, set[int]]) -> bool:
-    number = Path(f"/proc/{process_id}/syscall").read_text().split()[0]
+def _thread_sleeps_in(file: Path, calls: dict[str, set[int]]) -> bool:
+    number = file.read_text().split()[0]
     return number.isdigit() and int(number) in calls[platform.machine()]
 
 

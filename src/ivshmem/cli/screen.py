@@ -5,7 +5,9 @@ Knows: terminals, keys, colours, the signals that concern them. Does not know: w
 Invariants:
 1. However the block ends, by an exception or a signal of those that `daemon` knows, the terminal is
    as it was; also while the process is stopped by Ctrl-Z.
-2. No line that is shown contains a line break or an escape sequence, not even in names of peers.
+2. Nobody waits for a terminal that takes nothing (Ctrl-S): a signal that comes just before write(2)
+   would not be noticed in it. Then only the newest screen is there when it takes something again.
+3. No line that is shown contains a line break or an escape sequence, not even in names of peers.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 from ..text import plain
 from . import signals, terminal
 from .tables import cut, width
-from .writing import show
+from .writing import Aside
 
 # Another screen, no wrapping at its edge, no cursor; and back.
 _ENTER = "\033[?1049h\033[?7l\033[?25l"
@@ -74,6 +76,7 @@ class Screen:
     def __init__(self) -> None:
         self._keys = sys.stdin.fileno()
         self._out = sys.stdout.fileno()
+        self._aside = Aside(sys.stdout)
         self._before: list[Any] = termios.tcgetattr(self._keys)
         self._coloured = terminal.coloured()
         self._typed = ""  # and not taken by `key` yet
@@ -95,7 +98,8 @@ class Screen:
         """Show these from the top, as many as there is room for."""
         columns, rows = self.size()
         fitting = [self._drawn(line, columns) for line in lines[:rows]]
-        _write(self._out, "\033[H" + "\033[K\r\n".join(fitting) + "\033[K\033[J")
+        frame = "\033[H" + "\033[K\r\n".join(fitting) + "\033[K\033[J"
+        self._aside.write(frame, passing=True)
 
     def _drawn(self, line: Line, columns: int) -> str:
         text = cut(plain(line.text), columns)
@@ -142,15 +146,15 @@ class Screen:
 
     def enter(self) -> None:
         """Take the terminal."""
-        tty.setcbreak(self._keys, termios.TCSADRAIN)
-        _write(self._out, _ENTER)
+        tty.setcbreak(self._keys, termios.TCSANOW)
+        self._aside.write(_ENTER)
 
     def leave(self) -> None:
         """Give it back."""
         with contextlib.suppress(termios.error, OSError):  # the terminal is gone
             termios.tcflow(self._out, termios.TCOON)  # as Ctrl-Q: what follows must get there
-        with contextlib.suppress(OSError):
-            show(_LEAVE, self._out, end="")  # waits a second at most
+        self._aside.write(_LEAVE)
+        self._aside.settle()
         with contextlib.suppress(termios.error):
             termios.tcsetattr(self._keys, termios.TCSANOW, self._before)
 
@@ -164,6 +168,7 @@ class Screen:
 
     def close(self) -> None:
         """Close what was made here."""
+        self._aside.close()
         signal.set_wakeup_fd(self._wakeup_before)
         self._woken.close()
         self._waker.close()
@@ -197,9 +202,3 @@ def shown() -> Iterator[Screen]:
             for number, handler in before:
                 signal.signal(number, handler)
             screen.leave()
-
-
-def _write(fd: int, text: str) -> None:
-    data = text.encode(errors="replace")
-    while data:
-        data = data[os.write(fd, data) :]
