@@ -322,6 +322,11 @@ static int has_two_parts; /* the model's payload is of two words, as the C's is 
 /* Whether a step of the C, or a store, has no counterpart in the model: it is done on the way. */
 static int is_extra(struct label label, const char *function)
 {
+    const int discards = (the_channel->record.geometry.overflow & IVSHMEM_DISCARD) != 0;
+    /* A reader that discards reads its backlog, which a writer looks for only once. */
+    if (discards && (label.class == HEAD || label.class == ENTRY ||
+                     (label.class == TAIL && strcmp(function, "ivshmem_writer_look") == 0)))
+        return 1;
     switch (label.class) {
     case TIME: case USER: case OTHER: case NUMBER:
         return 1;
@@ -330,7 +335,7 @@ static int is_extra(struct label label, const char *function)
     case REPLY: /* the payload is the model's */
         return label.b == 8 || label.b % 8 != 0;
     case STAMP: case BACKLOG_STAMP: /* the model looks at it only behind the payload */
-        if (ivshmem_has_claims(the_channel)) /* there a claim says the same */
+        if (ivshmem_has_claims(the_channel) || discards) /* there a claim, or the head, says the same */
             return 1;
         return strcmp(function, "ivshmem_entry_read") == 0 ||
                strcmp(function, "ivshmem_value_look") == 0;
@@ -338,8 +343,10 @@ static int is_extra(struct label label, const char *function)
         return strcmp(function, "ivshmem_claim_ends") == 0;
     case WRITER_SLEEPER:
         /* A reply looks at it there alone; others have looked before they come there. */
-        return the_channel->record.geometry.kind != IVSHMEM_CALLS &&
-               strcmp(function, "ivshmem_wake_one") == 0;
+        if (the_channel->record.geometry.kind == IVSHMEM_CALLS &&
+            strcmp(function, "ivshmem_wake_one") == 0)
+            return 0;
+        /* fall through */
     default:
         return strcmp(function, "ivshmem_writer_reap") == 0 ||
                strcmp(function, "ivshmem_reader_open") == 0 ||

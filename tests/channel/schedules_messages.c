@@ -675,6 +675,27 @@ static void as_overwrite(void)
     add_reader("r0", read_copies, IVSHMEM_OVERWRITE);
 }
 
+static void read_two(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    while (party->got < 2) {
+        if (read_copy(party) == 0)
+            continue;
+        if (ivshmem_reader_sleep(reader) == IVSHMEM_AGAIN) {
+            wait_for_ring();
+            ivshmem_sleep_end(reader->channel, &reader->sleep);
+        }
+    }
+    end_reading(party);
+}
+
+static void as_discard(void)
+{
+    begin(1, 1, IVSHMEM_OVERWRITE | IVSHMEM_DISCARD, 3);
+    add_writer("w0", write_loans);
+    add_reader("r0", read_two, IVSHMEM_DISCARD);
+}
+
 static void as_join(void)
 {
     join_later();
@@ -734,6 +755,7 @@ int main(int argc, char **argv)
         {"history", history, check},
         {"as-block", as_block, check},
         {"as-overwrite", as_overwrite, check},
+        {"as-discard", as_discard, check},
         {"as-join", as_join, check},
         {"as-two-writers", as_two_writers, check},
         {"a-reader-is-silent", a_reader_is_silent, check},

@@ -334,6 +334,7 @@ FOLLOWED = [
     ("schedules_queue", "as-get", 1.0),
     ("schedules_queue", "as-fail", 0.6),  # the C looks for what was given back once more
     ("schedules_value", "as-latest", 1.0),
+    ("schedules_messages", "as-discard", 1.0),
     ("schedules_calls", "as-call", 1.0),
     pytest.param("schedules_queue", "as-take", 1.0, marks=pytest.mark.nightly),
     pytest.param("schedules_messages", "as-overwrite", 1.0, marks=pytest.mark.nightly),

@@ -16,7 +16,7 @@ from typing import Final
 
 from model.explorer import Case, End
 from model.messages import BLOCK, Channel, Read, Reader, Writer
-from model.operations import Fault, Load, LoadBarrier, Note, Process, Steps, Store
+from model.operations import Fault, Load, LoadBarrier, Note, Process, Steps, Store, StoreBarrier
 from model.role import Role, awake
 
 WRITER: Final = "writer"  # the cases of `messages` take its points out
@@ -30,6 +30,9 @@ class Discard:
     messages: int = 4
     parts: int = 2  # words of a payload
     mortal: frozenset[str] = frozenset()
+    most: int = 0  # the reader ends after so many, and the writer does not say that it has ended
+    counted: int = 1  # see Role
+    stacked: bool = False  # cells are used again in the C header's order, and with its barriers
 
     def case(self, without: Iterable[str] = ()) -> Case:
         words: dict[Hashable, Hashable] = {"head": (0, False), "tail": 0}
@@ -57,7 +60,7 @@ class Discard:
             return f"out of order: {got}"
         if set(got) & set(missed):
             return f"got {got}, and the writer was told that {missed} were missed"
-        alive = {"w0", "r0"} <= set(end.results)
+        alive = {"w0", "r0"} <= set(end.results) and not self.most
         if alive and sorted(got + missed) != list(range(self.messages)):
             return f"got {got} and missed {missed} of {self.messages}"
         return None
@@ -67,22 +70,27 @@ class Discarder(Role):
     """The writer. It waits for nobody."""
 
     def __init__(self, setting: Discard, without: Iterable[str] = ()) -> None:
-        super().__init__("w0", without)
+        super().__init__("w0", without, setting.counted)
         self.setting = setting
         self.head = self.tail = 0
         self.places = [0] * (2 * setting.slots + 1)  # in which each cell stands
         self.ring = [-1] * setting.slots  # what other readers have: the cells of the newest
         self.pinned = [-1] * setting.slots  # those of the backlog
+        self.free = list(range(setting.slots, len(self.places)))  # if they are stacked
+        if setting.stacked:
+            self.ring = list(range(setting.slots))
+            self.places[: setting.slots] = [1] * setting.slots
 
     def run(self) -> Process:
         for number in range(self.setting.messages):
             yield from self.publish(number)
-        yield Store("head", (self.head, True))
-        yield from self.announce()
+        if not self.setting.most:
+            yield Store("head", (self.head, True))
+            yield from self.announce()
 
     def publish(self, number: int) -> Steps:
         slots = self.setting.slots
-        cell = self.places.index(0)
+        cell = self.free.pop() if self.setting.stacked else self.places.index(0)
         for part in range(self.setting.parts):
             yield Store(("cell", cell, part), number)
         tail = yield Load("tail")
@@ -96,6 +104,8 @@ class Discarder(Role):
         else:
             if self.has("a backlog's cells stay"):
                 self.places[cell] = 2
+            if self.setting.stacked:
+                yield StoreBarrier()
             yield Store(("entry", self.head % slots), cell)
             self.pinned[self.head % slots] = cell
             self.head += 1
@@ -108,6 +118,8 @@ class Discarder(Role):
     def drop(self, cell: int) -> None:
         if cell >= 0:
             self.places[cell] = max(0, self.places[cell] - 1)
+            if self.places[cell] == 0:
+                self.free.append(cell)
 
     def announce(self) -> Steps:
         yield from self.full_fence("announce fence")
@@ -118,12 +130,12 @@ class Backlogged(Role):
     """The reader."""
 
     def __init__(self, setting: Discard, without: Iterable[str] = ()) -> None:
-        super().__init__("r0", without)
+        super().__init__("r0", without, setting.counted)
         self.setting = setting
         self.next = 0
 
     def run(self) -> Process:
-        while True:
+        while not self.setting.most or self.next != self.setting.most:
             gone = yield from self.gone("w0")
             head, closed = yield Load("head")
             yield from self.load_barrier("head before entry")
@@ -145,6 +157,8 @@ class Backlogged(Role):
             raise Fault(f"got {payload}")
         yield Note(("got", payload[0]))
         self.next += 1
+        if self.setting.stacked:
+            yield StoreBarrier()
         yield Store("tail", self.next)
 
     def awaits(self) -> Steps:

@@ -12,6 +12,7 @@ from typing import Any
 
 from model import value
 from model.calls import Calls
+from model.discard import Discard
 from model.explorer import Case, Step, covering
 from model.messages import OVERWRITE, Channel
 from model.messages_cases import Setting
@@ -42,6 +43,23 @@ def of_messages(address: Any) -> Word:
     return (kind, first, second[0] if second else 0)
 
 
+def after_two(address: Any) -> Word:
+    """The C's writer has published two messages before, and so has its cells in another order."""
+    if isinstance(address, tuple) and address[0] == "cell":
+        kind, writer, cell, *part = address
+        return of_messages((kind, writer, (cell + 2) % 3, *part))
+    return of_messages(address)
+
+
+def of_discard(address: Any) -> Word:
+    if address in ("head", "tail"):
+        return ({"head": "backlog", "tail": "tail"}[address], 0, 0)
+    kind, *rest = address
+    if kind == "entry":
+        return ("backlog-entry", 0, rest[0])
+    return of_messages(("cell", 0, *rest) if kind == "cell" else address)
+
+
 _NEXT = Channel(1, 1, 2, parts=1, counted=16)
 MESSAGES: Mapping[str, Followed] = {
     "as-block": Followed(Setting(_NEXT, 3).case, of_messages),
@@ -49,7 +67,10 @@ MESSAGES: Mapping[str, Followed] = {
     "as-overwrite": Followed(
         Setting(Channel(1, 1, 2, counted=16), 3, (OVERWRITE,)).case, of_messages
     ),
-    "as-join": Followed(Setting(_NEXT, 2, start=2, joins=frozenset({"r0"})).case, of_messages),
+    "as-discard": Followed(
+        Discard(messages=3, parts=1, most=2, counted=16, stacked=True).case, of_discard
+    ),
+    "as-join": Followed(Setting(_NEXT, 2, start=2, joins=frozenset({"r0"})).case, after_two),
 }
 
 
