@@ -59,6 +59,7 @@ PLACES = {
     HOME / "ARCHITECTURE.md": HOME / "docs/explanation/architecture.md",
     HOME / "SECURITY.md": HOME / "docs/explanation/security.md",
     HOME / "bench/README.md": HOME / "docs/explanation/measurements.md",
+    HOME / "examples/README.md": HOME / "docs/howto/examples.md",
     HOME / "CONTRIBUTING.md": HOME / "docs/contributing.md",
     HOME / "CHANGELOG.md": HOME / "docs/changelog.md",
 }

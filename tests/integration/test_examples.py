@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import configparser
+import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from support.emulator import QEMU
 from support.pages import HOME
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, until
 
-from ivshmem import Directory, Region, Server, channel
+from ivshmem import Directory, Region, Server, channel, connect
+from ivshmem.cli import main
+from ivshmem.qemu import cmdline
 
 EXAMPLES = HOME / "examples"
 
@@ -125,7 +133,123 @@ def test_a_program_in_c(tmp_path: Path) -> None:
             assert all(place.name != "channel.c" for place in channels.places())
 
 
+def test_asyncio_server(socket_path: str) -> None:
+    server = Program(*python("asyncio_server", socket_path))
+    try:
+        assert server.line() == "serving"
+        with connect(socket_path, timeout=PATIENCE), connect(socket_path, timeout=PATIENCE) as two:
+            assert [server.line().split(":")[0] for _ in range(2)] == [
+                "peer 0 joined",
+                "peer 1 joined",
+            ]
+            two.ring(0)
+        assert server.line().startswith("peer 1 left: ")
+        assert server.end() == ""
+    finally:
+        server.close()
+
+
+# -- what other programs read ---------------------------------------------------------------------
+
+
+def doorbell_of_web() -> tuple[str, list[str]]:
+    """What `ivshmem qemu` prints for the server of the examples: XML, and words."""
+    path = "/run/ivshmem-web.sock"
+    return (
+        cmdline.libvirt_doorbell(path, 4, name="web"),
+        cmdline.doorbell(path, 4, ident="web"),
+    )
+
+
+def test_a_libvirt_domain() -> None:
+    """libvirt's schema takes it; its device is the one that `ivshmem qemu --libvirt` prints."""
+    domain = ElementTree.parse(EXAMPLES / "libvirt.xml").getroot()  # noqa: S314
+    shmem = domain.find("devices/shmem")
+    iommu = domain.find("devices/iommu")
+    ioapic = domain.find("features/ioapic")
+    assert shmem is not None
+    assert iommu is not None
+    assert ioapic is not None
+    printed = ElementTree.fromstring(doorbell_of_web()[0])  # noqa: S314
+    assert facts(shmem) == facts(printed)
+    wanted = cmdline.libvirt_iommu("x86_64").split("-->")
+    assert facts(ioapic) == facts(ElementTree.fromstring(wanted[1].split("<!--")[0]))  # noqa: S314
+    assert facts(iommu) == facts(ElementTree.fromstring(wanted[2]))  # noqa: S314
+    schema = Path(os.environ.get("LIBVIRT_SCHEMAS", "/usr/share/libvirt/schemas"), "domain.rng")
+    if not (schema.exists() and shutil.which("xmllint")):
+        pytest.skip(
+            "libvirt's schema or xmllint is missing: apt-get install libvirt0 libxml2-utils"
+        )
+    words = ("xmllint", "--noout", "--nonet", "--relaxng", str(schema))
+    output_of(*words, str(EXAMPLES / "libvirt.xml"))
+
+
+def facts(element: ElementTree.Element) -> tuple[str, dict[str, str], dict[str, object]]:
+    return element.tag, element.attrib, {child.tag: facts(child) for child in element}
+
+
+def test_a_line_for_proxmox(socket_path: str) -> None:
+    """QEMU takes exactly these words, and then has the device."""
+    (line,) = re.findall(r"^args: (.*)$", (EXAMPLES / "proxmox.conf").read_text(), re.M)
+    words = shlex.split(line)
+    assert words == doorbell_of_web()[1]
+    if not shutil.which(QEMU):
+        pytest.skip("no QEMU: apt-get install qemu-system-x86")
+    words = [word.replace("/run/ivshmem-web.sock", socket_path) for word in words]
+    with Server(socket_path, "1M", vectors=4).start() as server:
+        process = subprocess.Popen(
+            [QEMU, "-S", "-nodefaults", "-display", "none", "-machine", "pc", *words],
+            stderr=subprocess.PIPE,
+        )
+        try:
+            until(lambda: server.peers or process.poll() is not None)
+            assert process.poll() is None
+            with connect(socket_path, timeout=PATIENCE) as host:
+                host.ring(0, 3)
+        finally:
+            process.terminate()
+            said = process.communicate(timeout=PATIENCE)[1]
+        assert b"rror" not in said
+
+
+def test_units_of_systemd(tmp_path: Path) -> None:
+    """The drop-ins have options that the server takes; systemd finds no fault in the units."""
+    unit = configparser.RawConfigParser()
+    unit.read(EXAMPLES / "systemd/web.conf")
+    options = unit["Service"]["Environment"].strip('"').removeprefix("OPTIONS=")
+    words = ["serve", *shlex.split(options)]
+    main._parser(words).parse_args(words)
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze: apt-get install systemd")
+    for unit_file in (HOME / "systemd/system").iterdir():
+        text = unit_file.read_text().replace("ExecStart=ivshmem", f"ExecStart={sys.executable}")
+        (tmp_path / unit_file.name).write_text(text)
+    for kind, name in (("service", "web"), ("socket", "web-socket")):
+        folder = tmp_path / f"ivshmem@web.{kind}.d"
+        folder.mkdir()
+        shutil.copy(EXAMPLES / f"systemd/{name}.conf", folder / "web.conf")
+    service = (EXAMPLES / "systemd/frames.service").read_text()
+    shutil.copy(EXAMPLES / "frames.py", tmp_path)
+    (tmp_path / "frames.service").write_text(service.replace("/usr/bin/python3", sys.executable))
+    said = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(tmp_path / "frames.service")],
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    ours = [line for line in said.stderr.splitlines() if re.search("web|frames", line)]
+    assert not ours
+
+
 def test_each_example_is_run() -> None:
-    tests = Path(__file__).read_text()
-    for example in filter(Path.is_file, EXAMPLES.iterdir()):  # test_monitoring.py has the folder
-        assert example.stem in tests, example
+    """And the table of examples/README.md has each."""
+    tests = Path(__file__).read_text() + (HOME / "tests/vm/test_first_hour.py").read_text()
+    page = (EXAMPLES / "README.md").read_text()
+    for example in EXAMPLES.iterdir():
+        if example.is_dir():  # test_monitoring.py has one of them
+            assert f"`{example.name}/`" in page, example
+        elif example.name != "README.md":
+            assert f"]({example.name})" in page, example
+            assert example.stem in tests, example

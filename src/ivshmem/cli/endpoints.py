@@ -46,5 +46,18 @@ def opened(options: argparse.Namespace, *, readonly: bool = False) -> Iterator[E
         with guest.opened(options) as device:
             yield device
     else:
-        with connect(server_of(options), timeout=_TIMEOUT, readonly=readonly) as client:
+        with connect(_server_of(options), timeout=_TIMEOUT, readonly=readonly) as client:
             yield client
+
+
+def _server_of(options: argparse.Namespace) -> str:
+    """The server's path; where there is none, a machine with a device hears of `--guest`."""
+    try:
+        return server_of(options)
+    except FileNotFoundError as error:
+        from ..guest import pci  # here: it is used in virtual machines only
+
+        if not pci.devices():
+            raise
+        text = f"{error.strerror}; or --guest for the device of this virtual machine"
+        raise FileNotFoundError(error.errno, text) from None

@@ -15,7 +15,7 @@ from ..errors import IvshmemError, NoInterrupts
 from ..guest import pci
 from ..memory.sizes import format_size, parse_size
 from ..protocol.limits import MAX_ID
-from ..text import counted
+from ..text import counted, plain
 from . import signals, terminal
 from .arguments import socket_path
 from .shell import Shell
@@ -305,7 +305,14 @@ def _ring(options: argparse.Namespace) -> int:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    return _run(options, "wait", options.vector, options.timeout)
+    words = [word for word in (options.vector, options.timeout) if word is not None]
+    with opened(options) as device, Shell(device, json=options.json) as shell:
+        if sys.stderr.isatty():
+            # A ring that comes before the device is open is lost: tell when it is.
+            what = "any vector" if options.vector == "any" else f"vector {options.vector}"
+            print(plain(f"listening on {what}; Ctrl-C ends it"), file=sys.stderr, flush=True)
+        shell.run("wait", words)
+    return 0
 
 
 def _names(options: argparse.Namespace) -> int:
