@@ -58,6 +58,21 @@ def test_memory_decoding_is_switched_on(machine: FakePci) -> None:
     assert (path / "config").read_bytes()[4:6] == b"\2\4"
 
 
+def test_a_user_opens_what_root_has_enabled(machine: FakePci) -> None:
+    """The kernel lets only root enable a device; `guest setup` has done it, and gives the files."""
+    path = machine.add(A)
+    machine.refuse[f"devices/{A}/enable"] = errno.EPERM
+    with pytest.raises(PermissionError):
+        guest.open()
+    (path / "enable").write_text("1\n")
+    with (path / "config").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\2\0")
+    with guest.open() as device:
+        assert device.access == "sysfs"
+    assert (path / "enable").read_text() == "1\n"
+
+
 def test_a_driver_has_it(machine: FakePci) -> None:
     machine.add(A, driver="pci-stub")
     with pytest.raises(OSError, match="the driver pci-stub has the device: as root: echo") as error:
