@@ -6,13 +6,14 @@ a GIL. Wheels for aarch64 run under qemu-user, on Debian's Python for arm64.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from support import arm64, unpacked, wheels
+from support import arm64, debian, unpacked, wheels
 
 import ivshmem
 
@@ -125,3 +126,47 @@ def test_unit_tests_on_aarch64(place: Path, package: Path) -> None:
     done = arm64.ran(place, *arguments, path=package, cwd=wheels.HOME)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
+
+
+# What debian/tests/control has for the same test, and what makes an environment for a wheel.
+BESIDE = (
+    *("python3-venv", "python3-hypothesis", "python3-pytest", "python3-pytest-timeout"),
+    *("busybox-static", "qemu-system-x86", "zstd"),
+)
+IN_ROOT = """
+set -e
+mount -t proc proc "$1/proc"
+mount --rbind /dev "$1/dev"
+exec chroot "$1" /bin/sh -ec '
+cd /root
+export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 IVSHMEM_VM_CACHE=/root/vm
+! command -v cc
+python3 -m venv --system-site-packages env
+env/bin/pip install -q --no-index *.whl
+env/bin/ivshmem guest bundle -o ivshmem.pyz
+env/bin/python -B -m pytest -m "" -p no:cacheprovider -q \
+    tests/vm/test_sharing.py::test_host_and_guest_ring_each_other \
+    "tests/vm/test_guest_bundle.py::test_a_guest_with_the_bundle_alone[pyz]"
+'
+"""
+
+
+@pytest.mark.parametrize("suite", debian.SUITES)
+def test_a_real_guest_of_a_minimal_root(suite: str) -> None:
+    """Wheel and bundle, where there is no compiler; the packages are in test_debian.py."""
+    with debian.root(debian.cache_folder(), suite, "minimal") as place:
+        debian.install(place, *BESIDE)
+        shutil.copy(wheels.wheel("cp310-abi3-*_x86_64"), place / "root")
+        shutil.copytree(wheels.HOME / "tests", place / "root/tests")
+        shutil.copy(wheels.HOME / "pyproject.toml", place / "root")
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", IN_ROOT, "sh", str(place)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=3000,
+        )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "2 passed" in done.stdout, done.stdout[-4000:]
