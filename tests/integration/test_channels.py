@@ -582,6 +582,8 @@ def test_a_name_that_is_taken(region: Region, channels: Channels) -> None:
         "there is a channel 'a' already, made by a process that has left, used by nobody:"
         " `ivshmem channel rm a` removes it"
     )
+    channels.remove("a")  # as that command does
+    assert channels.create_queue("a", limit=8).kind == "queue"
 
 
 def test_a_channel_in_use_is_not_removed(channels: Channels) -> None:
