@@ -445,6 +445,17 @@ def test_each_step_is_asked_for(
     assert not any((root / name).exists() for name in FILES)
 
 
+def test_drafts_of_a_killed_process_go_too(root: Path, ran: list[tuple[str, ...]]) -> None:
+    """A file that replaces another one has a draft's name for a moment."""
+    before = tree(root)
+    assert setup(root) == 0
+    for name in (RECORD[1:], "etc/udev/rules.d/70-ivshmem.rules"):
+        path = root / name
+        path.with_name(f".{path.name}.ivshmem-0").write_text("half")
+    assert setup(root, "--undo") == 0
+    assert tree(root) == before
+
+
 def test_a_file_that_was_replaced_since_stays(
     root: Path, ran: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -488,7 +488,7 @@ class Undo:
     def _file(self) -> None:
         data = self.system.read(self.name)
         if data is not None and _is_ours(data, self.entry):
-            self.system.place(self.name).unlink()
+            self.system.remove(self.name)
 
     @property
     def kept(self) -> str:

@@ -112,6 +112,14 @@ class System:
             draft.publish(replace=True)
             draft.place.sync()
 
+    def remove(self, path: str) -> None:
+        """Remove a file, and before it the drafts that a killed `write` left beside it."""
+        place = self.place(path)
+        for draft in place.parent.glob(f".{place.name}.ivshmem-*"):
+            draft.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
+
     def make_folder(self, path: str) -> None:
         """Make a folder, which all users may enter."""
         place = self.place(path)
@@ -258,8 +266,7 @@ class SetupRecord:
 
     def remove(self) -> None:
         """All was taken back."""
-        with contextlib.suppress(FileNotFoundError):
-            self.system.place(RECORD).unlink()
+        self.system.remove(RECORD)
         self.entries = []
 
 
