@@ -35,7 +35,7 @@ def test_it_mounts_the_image_and_sets_up(capsys: pytest.CaptureFixture[str]) -> 
     assert words[2][2:] == ["guest", "setup", "--yes", "--user", "debian", "--user", "bob"]
     # The command parses these words; and QEMU's words are those that `guest bundle` prints.
     main._parser(["guest"]).parse_args(words[2][2:])
-    assert "-drive file=ivshmem.iso,media=cdrom,readonly=on,format=raw" in text
+    assert "-drive file=ivshmem.iso,if=virtio,readonly=on,format=raw" in text
 
 
 def test_the_label_is_that_of_the_image() -> None:

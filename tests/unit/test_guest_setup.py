@@ -24,7 +24,15 @@ from support import commands
 
 from ivshmem.cli import guest_setup, main
 from ivshmem.errors import IvshmemError
-from ivshmem.guest import pci, setup_files, setup_plan, setup_steps, setup_system, vfio
+from ivshmem.guest import (
+    pci,
+    setup_files,
+    setup_plan,
+    setup_steps,
+    setup_system,
+    setup_undo,
+    vfio,
+)
 from ivshmem.guest.setup_files import MARK
 from ivshmem.guest.setup_system import RECORD, SetupRecord, System
 from ivshmem.testing.fake_pci import FakePci
@@ -60,7 +68,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
             path.write_text(re.sub(rf"^({group}:.*:){user}$", r"\1", path.read_text(), flags=re.M))
         elif command[:2] == ("systemctl", "enable"):
             for unit in command[3:]:
-                wants = root / "etc/systemd/system" / f"{setup_steps._target_of(unit)}.wants"
+                wants = root / "etc/systemd/system" / f"{setup_steps.target_of(unit)}.wants"
                 wants.mkdir(exist_ok=True)
                 (wants / unit).unlink(missing_ok=True)
                 (wants / unit).symlink_to(f"/etc/systemd/system/{unit}")
@@ -575,7 +583,7 @@ def test_a_device_gets_its_driver_back(machine: FakePci, monkeypatch: pytest.Mon
     (entry,) = step.entries()
     pci.bind(pci.look(A), "vfio-pci")
     (path / "resource2").chmod(0o660)
-    undo = setup_steps.Undo(System(), entry)
+    undo = setup_undo.Undo(System(), entry)
     assert undo.title == f"give {A} back to pci-stub"
     # A program that has it open is not waited for: the kernel would wait without end.
     with monkeypatch.context() as patch:

@@ -400,8 +400,8 @@ _IN_GUEST = {
     "pyz": ("in the guest: python3 {name} guest list",),
     "tar": ("in the guest: tar -xf {name} && python3 ivshmem/ivshmem.pyz guest list",),
     "iso": (
-        "for QEMU: -drive file={name},media=cdrom,readonly=on,format=raw",
-        "in the guest: mount -o ro /dev/sr0 /mnt && python3 /mnt/ivshmem.pyz guest list",
+        "for QEMU: -drive file={name},if=virtio,readonly=on,format=raw",
+        "in the guest: mount -o ro LABEL=IVSHMEM /mnt && python3 /mnt/ivshmem.pyz guest list",
     ),
 }
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from ..guest.device import Access
     from ..guest.pci import Device
-    from ..guest.setup_steps import SetupStep, Undo
+    from ..guest.setup_steps import SetupStep
+    from ..guest.setup_undo import Undo
 
     _Files = dict[str, tuple[bytes, int]]
 

@@ -1,7 +1,8 @@
 """Internal: what a set-up of a guest consists of, in the order in which it is made.
 
 Knows: which files, groups and units a guest needs for each way to open its device. Does not know:
-how a step is made (setup_steps.py), what the files say (setup_files.py).
+how a step is made (setup_steps.py) and taken back (setup_undo.py), what the files say
+(setup_files.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from .setup_steps import (
     SetupStep,
     StartUnits,
     SwitchOnNoIommu,
-    Undo,
     WriteFile,
     WriteFiles,
 )
 from .setup_system import SetupRecord, System
+from .setup_undo import Undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

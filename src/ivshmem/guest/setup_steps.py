@@ -87,7 +87,7 @@ class WriteFile(SetupStep):
 
     def check(self, record: SetupRecord) -> None:
         there = self.system.read(self.path)
-        if there is None or there == self.data or _is_ours(there, record.find("file", self.path)):
+        if there is None or there == self.data or is_ours(there, record.find("file", self.path)):
             return
         raise FileExistsError(
             errno.EEXIST,
@@ -155,7 +155,7 @@ class WriteFiles(SetupStep):
                 file.make()
 
 
-def _is_ours(data: bytes, entry: dict[str, Any] | None) -> bool:
+def is_ours(data: bytes, entry: dict[str, Any] | None) -> bool:
     digests = entry["digests"] if entry else ()
     return data.startswith(MARK.encode()) or _digest(data) in digests
 
@@ -240,7 +240,7 @@ class LoadModules(SetupStep):
         self.title = f"load now: modprobe {' '.join(names)}"
 
     def _missing(self) -> list[str]:
-        return [name for name in self.names if not _is_loaded(name)]
+        return [name for name in self.names if not is_loaded(name)]
 
     def is_done(self) -> bool:
         return not self._missing()
@@ -253,7 +253,7 @@ class LoadModules(SetupStep):
             self.system.run("modprobe", name)
 
 
-def _is_loaded(name: str) -> bool:
+def is_loaded(name: str) -> bool:
     return os.path.isdir(f"{_MODULES}/{name.replace('-', '_')}")
 
 
@@ -263,7 +263,7 @@ class SwitchOnNoIommu(SetupStep):
     title = f"switch on vfio's no-IOMMU mode now: {vfio.ENABLE_NOIOMMU}"
 
     def check(self, record: SetupRecord) -> None:
-        if _is_loaded("vfio") and not vfio.has_noiommu():
+        if is_loaded("vfio") and not vfio.has_noiommu():
             raise IvshmemError(
                 "this kernel's vfio has no no-IOMMU mode: give QEMU a virtual IOMMU"
                 " (`ivshmem qemu --iommu`), or the guest a kernel with VFIO_NOIOMMU"
@@ -325,7 +325,7 @@ class Permit(SetupStep):
                 "driver": device.driver,
                 "override": pci.driver_override(device),
                 "enabled": pci.is_enabled(device),
-                "files": [[name, *_owner(str(device.path / name))] for name in files],
+                "files": [[name, *owner(str(device.path / name))] for name in files],
             }
         ]
 
@@ -336,7 +336,7 @@ class Permit(SetupStep):
         trigger = ("udevadm", "trigger", "--action=add", "--settle")
         if self.access in ("vfio", "noiommu"):
             with pci.locked(device):
-                _check_free(device)
+                check_free(device)
                 system.run(*trigger, str(device.path.resolve()))
                 pci.bind(device, VFIO_PCI)
             system.run("udevadm", "settle")
@@ -368,7 +368,7 @@ def group_path(device: pci.Device) -> Any:
     return None
 
 
-def _check_free(device: pci.Device) -> None:
+def check_free(device: pci.Device) -> None:
     path = group_path(device)
     if path is not None and vfio.is_held(path):
         pids = processes.pids_with_open(path)
@@ -379,7 +379,7 @@ def _check_free(device: pci.Device) -> None:
         )
 
 
-def _owner(path: str) -> tuple[int, int, int]:
+def owner(path: str) -> tuple[int, int, int]:
     found = os.stat(path)
     return found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)
 
@@ -412,14 +412,14 @@ class StartUnits(SetupStep):
         )
 
     def _is_enabled(self, name: str) -> bool:
-        folder = f"/etc/systemd/system/{_target_of(name)}.wants/{name}"
+        folder = f"/etc/systemd/system/{target_of(name)}.wants/{name}"
         return os.path.islink(self.system.place(folder))
 
     def stands_for(self) -> list[tuple[str, str]]:
         return [("unit", name) for name in self.names]
 
     def entries(self) -> list[dict[str, Any]]:
-        folders = [f"/etc/systemd/system/{_target_of(name)}.wants" for name in self.names]
+        folders = [f"/etc/systemd/system/{target_of(name)}.wants" for name in self.names]
         missing = [
             each for folder in folders for each in self.system.missing_folders(f"{folder}/x")
         ]
@@ -449,183 +449,5 @@ class StartUnits(SetupStep):
             ) from None
 
 
-def _target_of(unit: str) -> str:
+def target_of(unit: str) -> str:
     return "sockets.target" if unit.endswith(".socket") else "multi-user.target"
-
-
-# -- taking back ----------------------------------------------------------------------------------
-
-
-class Undo:
-    """How an entry of the record is taken back.
-
-    Attributes:
-        title: what is done, in the imperative; "": nothing is left to do.
-    """
-
-    def __init__(self, system: System, entry: dict[str, Any]) -> None:
-        self.system, self.entry = system, entry
-        self.name: str = entry["name"]
-        self.kind: str = entry["kind"]
-
-    @property
-    def title(self) -> str:
-        return str(getattr(self, f"_{self._method()}_title")())
-
-    def make(self) -> None:
-        """Take it back; idempotent."""
-        getattr(self, f"_{self._method()}")()
-
-    def _method(self) -> str:
-        return self.kind.replace(" ", "_").replace("-", "_")
-
-    # -- files
-
-    def _file_title(self) -> str:
-        data = self.system.read(self.name)
-        return f"remove {self.system.place(self.name)}" if data is not None else ""
-
-    def _file(self) -> None:
-        data = self.system.read(self.name)
-        if data is not None and _is_ours(data, self.entry):
-            self.system.remove(self.name)
-
-    @property
-    def kept(self) -> str:
-        """Why it stays; "": it does not."""
-        if self.kind != "file":
-            return ""
-        data = self.system.read(self.name)
-        if data is None or _is_ours(data, self.entry):
-            return ""
-        return f"{self.system.place(self.name)} stays: it was replaced since, by another file"
-
-    def _link_title(self) -> str:
-        return f"remove {self.system.place(self.name)}" if self._is_our_link() else ""
-
-    def _is_our_link(self) -> bool:
-        place = self.system.place(self.name)
-        return place.is_symlink() and os.readlink(place) == self.entry["target"]
-
-    def _link(self) -> None:
-        if self._is_our_link():
-            self.system.place(self.name).unlink()
-
-    def _folder_title(self) -> str:
-        place = self.system.place(self.name)
-        return f"remove {place}, if it is empty" if place.is_dir() else ""
-
-    def _folder(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self.system.place(self.name).rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
-                    raise
-
-    # -- users
-
-    def _group_title(self) -> str:
-        there = self.system.members(self.name) is not None
-        return f"remove the group: groupdel {self.name}" if there else ""
-
-    def _group(self) -> None:
-        if self.system.members(self.name) is not None:
-            self.system.run("groupdel", *self._prefix(), self.name)
-
-    def _member_title(self) -> str:
-        group, user = self.name.split(":")
-        there = user in (self.system.members(group) or ())
-        return f"take {user} out of the group: gpasswd --delete {user} {group}" if there else ""
-
-    def _member(self) -> None:
-        group, user = self.name.split(":")
-        if user in (self.system.members(group) or ()):
-            root = () if self.system.live else ("--root", self.system.root)
-            self.system.run("gpasswd", *root, "--delete", user, group)
-
-    def _prefix(self) -> tuple[str, ...]:
-        return () if self.system.live else ("--prefix", self.system.root)
-
-    # -- what runs
-
-    def _unit_title(self) -> str:
-        there = self.system.read(f"/etc/systemd/system/{self.name}") is not None
-        if there or os.path.lexists(self._wants()):
-            return f"systemctl disable{' --now' * self.system.live} {self.name}"
-        return ""
-
-    def _wants(self) -> Any:
-        return self.system.place(f"/etc/systemd/system/{_target_of(self.name)}.wants/{self.name}")
-
-    def _unit(self) -> None:
-        if self.system.read(f"/etc/systemd/system/{self.name}") is not None:
-            now = ("--now",) if self.system.live else ()
-            if self.system.live:
-                self.system.run("systemctl", "daemon-reload")
-            self.system.run("systemctl", "disable", "--quiet", *now, self.name, rooted=True)
-        with contextlib.suppress(FileNotFoundError):  # somebody removed the unit alone
-            self._wants().unlink()
-
-    def _module_title(self) -> str:
-        return f"unload the module, if nothing uses it: {self.name}" if self._is_ours_now() else ""
-
-    def _is_ours_now(self) -> bool:
-        return self.system.live and _is_loaded(self.name)
-
-    def _module(self) -> None:
-        if self._is_ours_now():
-            self.system.tried("modprobe", "--remove", self.name)
-
-    def _no_iommu_mode_title(self) -> str:
-        on = self.system.live and vfio.noiommu_enabled()
-        return "switch off vfio's no-IOMMU mode" if on else ""
-
-    def _no_iommu_mode(self) -> None:
-        if self.system.live and vfio.noiommu_enabled():
-            vfio.NOIOMMU.write_text("N")
-
-    def _device_title(self) -> str:
-        device = self._device_now()
-        if device is None or self._is_as_before(device):
-            return ""
-        driver = self.entry["driver"]
-        return f"give {self.name} back {f'to {driver}' if driver else 'without a driver'}"
-
-    def _device_now(self) -> pci.Device | None:
-        if not self.system.live:
-            return None
-        try:
-            return pci.look(self.name)
-        except FileNotFoundError:
-            return None
-
-    def _is_as_before(self, device: pci.Device) -> bool:
-        entry = self.entry
-        return (
-            (device.driver, pci.driver_override(device)) == (entry["driver"], entry["override"])
-            and (device.driver or pci.is_enabled(device) == entry["enabled"])
-            and all(
-                list(_owner(str(path))) == before
-                for name, *before in entry["files"]
-                if (path := device.path / name).exists()
-            )
-        )
-
-    def _device(self) -> None:
-        device = self._device_now()
-        if device is None or self._is_as_before(device):
-            return
-        entry = self.entry
-        with pci.locked(device), pci.unless_unplugged():
-            _check_free(device)
-            if device.driver != entry["driver"] or pci.driver_override(device) != entry["override"]:
-                former = "" if device.driver == entry["driver"] else entry["driver"]
-                pci.unbind(device, VFIO_PCI, former, entry["override"])
-            device = pci.look(self.name)
-            if not device.driver and not entry["enabled"] and pci.is_enabled(device):
-                pci.enable(device, False)
-            for name, uid, gid, mode in entry["files"]:
-                if (path := device.path / name).exists():
-                    os.chown(path, uid, gid)
-                    os.chmod(path, mode)
