@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from ivshmem.cli.browser import Browser
 from ivshmem.cli.main import main
 from ivshmem.cli.run import one_line
 from ivshmem.cli.screen import Screen
+from ivshmem.cli.writing import Aside
 from ivshmem.config import RegionConfig, ServiceConfig, parse
 from ivshmem.doctor.check import CheckStep, failed, run
 from ivshmem.doctor.open_files import FoundProcess
@@ -150,15 +152,15 @@ class Ways:
         return json.dumps(status())
 
     def top(self) -> str:
-        reading, writing = os.pipe()
+        output = io.StringIO()
         screen = object.__new__(Screen)
-        screen._out = writing
+        screen._aside = Aside(output)
         screen._coloured = False
         content = list(top_command.content_of(status(), None, {"default": HOSTILE}))
         screen.draw(Browser().lines(content, 500, 50))
-        os.close(writing)
-        with open(reading, encoding="utf-8") as drawn:
-            text = drawn.read()
+        screen._aside.settle()
+        screen._aside.close()
+        text = output.getvalue()
         # The lines that `top` itself moves to.
         return (
             text.replace("\x1b[H", "")

@@ -57,7 +57,7 @@ def newer_area(region: Region) -> None:
 
 def test_the_versions_on_the_page_are_those_of_the_source() -> None:
     rows = re.findall(r"^\| [^|]+ \| (\w+) \| `([\w/.]+): (\w+)` \|$", PAGE, re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 12
     for version, path, name in rows:
         text = (SOURCE / path).read_text()
         (value,) = re.findall(

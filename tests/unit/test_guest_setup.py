@@ -406,7 +406,7 @@ def test_a_damaged_record(root: Path, capsys: pytest.CaptureFixture[str], text: 
     for options in ([], ["--undo"]):
         assert setup(root, *options) == 1
         said = capsys.readouterr().err
-        assert "is damaged, so what was set up is unknown: remove it" in said
+        assert "is damaged, or of another version, so what was set up is unknown: undo it" in said
         assert len(said.splitlines()) == 1
 
 

@@ -242,7 +242,7 @@ COMMANDS = (
         "record messages and values into a file (MCAP)",
         "It ends with Ctrl-C, and never slows who writes: what the disk, or this command, is too"
         " slow for is lost, and counted. After a full disk or SIGKILL the file can be read up to"
-        " the last second before. Needs: pip install mcap.",
+        " the last second before. It needs a library: `pip install mcap`.",
     ),
     ChannelCommand(
         "replay",
@@ -250,7 +250,7 @@ COMMANDS = (
         _replay,
         "send the messages of a file (MCAP) to channels, at the pace at which they were recorded",
         "Channels that are missing are created. Files of other programs are replayed as bytes, into"
-        " channels of messages whose schema is the name and the encoding of the file's. Needs: pip"
-        " install mcap.",
+        " channels of messages whose schema is the name and the encoding of the file's. It needs a"
+        " library: `pip install mcap`.",
     ),
 )
