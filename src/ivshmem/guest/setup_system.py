@@ -238,9 +238,9 @@ class SetupRecord:
                 self.entries = _parsed(json.loads(data))
             except (ValueError, TypeError, KeyError):
                 raise IvshmemError(
-                    f"{system.place(RECORD)} is damaged, or of another version, so what was set up is"
-                    " unknown: undo it with that version, or remove it, and the files in /etc that"
-                    " `grep -rl 'ivshmem guest setup' /etc` finds"
+                    f"{system.place(RECORD)} is damaged, or of another version, so what was set up"
+                    " is unknown: undo it with that version, or remove it, and the files in /etc"
+                    " that `grep -rl 'ivshmem guest setup' /etc` finds"
                 ) from None
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:
