@@ -129,6 +129,7 @@ def give_up(sock: socket.socket, other: socket.socket) -> None:
     reset(sock)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("half_closed", [False, True])
 @pytest.mark.parametrize("unix", [False, True])
 def test_resets_beside_a_socket_that_takes_nothing(
