@@ -120,6 +120,34 @@ def test_it_hangs_up_at_first(directory: Path) -> None:
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    "late",
+    [b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 0}}', b'{"return": {}}'],
+)
+def test_it_has_something_for_the_last_client(directory: Path, late: bytes) -> None:
+    """QEMU sent it before its greeting: an event, or the answer to a query that was cancelled."""
+    calls = []
+
+    def act(client: socket.socket) -> None:
+        calls.append(1)
+        if len(calls) < 3:
+            client.sendall(late + b"\r\n")
+        else:
+            agree(client)
+
+    with Liar(directory / "qmp", act), pytest.raises(QemuGone):
+        talk(directory / "qmp", 20)
+    assert len(calls) == 3
+
+
+def test_what_is_json_and_no_monitor(directory: Path) -> None:
+    with (
+        Liar(directory / "qmp", lambda client: client.sendall(b"{}\n")),
+        pytest.raises(QmpError, match="is not a QMP monitor"),
+    ):
+        talk(directory / "qmp")
+
+
 def test_it_does_not_answer(directory: Path) -> None:
     def silent(client: socket.socket) -> None:
         agree(client)
