@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import termios
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,8 +21,9 @@ from support.terminals import Terminal
 from support.waiting import PATIENCE, sleeps_in_write_of, until
 
 import ivshmem
-from ivshmem import channel
+from ivshmem import Region, channel
 from ivshmem.channel import Channels
+from ivshmem.cli import served_memory
 
 pytestmark = pytest.mark.usefixtures("commands")
 VECTORS = 2
@@ -362,3 +364,22 @@ def test_a_server_in_another_process_tree(socket_path: str) -> None:
                     top.drawn("jobs")
                     top.type(b"q")
                     assert top.end() == 0
+
+
+def test_a_descriptor_that_becomes_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that has it may be anybody's: what is opened is looked at, and nobody waits."""
+    with Region.create(1 << 20) as region, tempfile.TemporaryDirectory() as folder:
+        found = os.fstat(region.fileno())
+        fifo = f"{folder}/fifo"
+        os.mkfifo(fifo)
+        opened = os.open
+
+        def open_fifo(_path: str, flags: int) -> int:
+            return opened(fifo, flags)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", open_fifo)
+            with pytest.raises(FileNotFoundError, match="has no such memory"):
+                served_memory._memory(os.getpid(), found.st_dev, found.st_ino)
+        with served_memory._memory(os.getpid(), found.st_dev, found.st_ino) as same:
+            assert len(same) == len(region)

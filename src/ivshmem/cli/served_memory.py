@@ -99,8 +99,15 @@ def _memory(pid: int, device: int, inode: int) -> Region:
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
         with contextlib.suppress(FileNotFoundError):  # it was closed just now
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) == (device, inode) and stat.S_ISREG(status.st_mode):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if not _is(os.stat(path), device, inode):
+                continue
+            # It can be another file by now, a pipe for example, whose opening would wait.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if _is(os.fstat(fd), device, inode):
                 return Region.from_fd(fd, readonly=True)
+            os.close(fd)
     raise FileNotFoundError(f"process {pid} has no such memory")
+
+
+def _is(found: os.stat_result, device: int, inode: int) -> bool:
+    return (found.st_dev, found.st_ino) == (device, inode) and stat.S_ISREG(found.st_mode)
