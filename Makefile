@@ -87,7 +87,8 @@ WITH_PYTHON_NIGHTLY := unit/test_* integration/test_cli integration/test_region
 # What is the same with each Python, or needs more than the extra `test-run` has.
 OF_ONE_PYTHON := $(patsubst %,tests/unit/test_%.py,bench_figures bench_result config_schema plain_words public_names)
 
-test-pythons:
+# After the build for $(VENV): both would pack their files in build/bdist.*, at the same time with -j.
+test-pythons: | $(VENV)/installed
 	pythons=$$($(PYTHON) tests/support/pythons.py $(CACHE)/pythons) && for python in $$pythons; do \
 	    $(MAKE) test-python PYTHON=$$python || exit 1; done
 
