@@ -174,24 +174,24 @@ def test_what_builds_on_ssh(roomy: Resident, keys: Path, ssh_name: dict[str, str
     for number in range(20):
         (sent / f"{number}").write_bytes(os.urandom(number * 1000))
     with in_guest(roomy, keys):
-        run("ssh", "root@guest", "mkdir -p /run/work && git init -q --bare /run/work/repository")
-        run("rsync", "-a", f"{sent}/", "root@guest:/run/work/sent/")
+        run("ssh", "root@guest", "mkdir -p /run/far && git init -q --bare /run/far/repository")
+        run("rsync", "-a", f"{sent}/", "root@guest:/run/far/sent/")
         (sent / "3").write_bytes(b"changed")
         (sent / "4").unlink()
-        run("rsync", "-a", "--delete", f"{sent}/", "root@guest:/run/work/sent/")
-        run("rsync", "-a", "root@guest:/run/work/sent/", f"{keys}/back/")
+        run("rsync", "-a", "--delete", f"{sent}/", "root@guest:/run/far/sent/")
+        run("rsync", "-a", "root@guest:/run/far/sent/", f"{keys}/back/")
         assert contents(keys / "back") == contents(sent)
 
         commit = ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all of it")
         run("git", "-C", sent, "init", "-q")
         run("git", "-C", sent, "add", ".")
         run("git", "-C", sent, *commit)
-        run("git", "-C", sent, "push", "-q", "root@guest:/run/work/repository", "HEAD:main")
-        run("git", "clone", "-q", "-b", "main", "root@guest:/run/work/repository", keys / "clone")
+        run("git", "-C", sent, "push", "-q", "root@guest:/run/far/repository", "HEAD:main")
+        run("git", "clone", "-q", "-b", "main", "root@guest:/run/far/repository", keys / "clone")
         assert contents(keys / "clone") == contents(sent)
 
         run(
-            *("ssh", "root@guest", "podman --root /run/work/images --runroot /run/work/running"),
+            *("ssh", "root@guest", "podman --root /run/far/images --runroot /run/far/running"),
             "--storage-driver vfs system service --time 0 unix:///run/docker.sock"
             " </dev/null >/dev/null 2>&1 & until [ -S /run/docker.sock ]; do sleep 0.1; done",
         )
