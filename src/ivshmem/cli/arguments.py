@@ -162,18 +162,6 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_interval(parser: argparse.ArgumentParser) -> None:
-    """Add the option of commands that look again and again."""
-    parser.add_argument(
-        "-i",
-        "--interval",
-        metavar="SECONDS",
-        type=interval,
-        default=1.0,
-        help="time between two looks, 0.1 to 3600 (default: %(default)g)",
-    )
-
-
 def _add_unplugging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold-leaves",
@@ -242,6 +230,18 @@ def add_socket(parser: argparse._ActionsContainer, what: str = "socket of the se
     """Add the option of a command that needs a server."""
     parser.add_argument(
         "-S", "--socket", metavar="PATH", type=socket_path, help=f"{what} ({OF_THE_SERVER})"
+    )
+
+
+def add_interval(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that look again and again."""
+    parser.add_argument(
+        "-i",
+        "--interval",
+        metavar="SECONDS",
+        type=interval,
+        default=1.0,
+        help="time between two looks, 0.1 to 3600 (default: %(default)g)",
     )
 
 

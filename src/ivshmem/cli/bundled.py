@@ -8,8 +8,8 @@ image) they lie as files. A .pyz has them inside, and unpacks them once into a f
 to its user alone.
 
 Invariants:
-1. Who cannot write to the bundle cannot write to what is loaded: neither to a module, nor to a
-   folder from which one could be exchanged. The folder beside a bundle can be anybody's, in /tmp.
+1. A user who cannot write to the bundle cannot write to what it loads: neither to a module, nor to
+   a folder in which a module could be replaced. In /tmp, any user can make the folder beside it.
 2. What belongs to another user is not opened, changed or removed.
 """
 

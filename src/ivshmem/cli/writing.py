@@ -40,7 +40,7 @@ def write_all(fd: int, text: str, end: str = "\n") -> None:
             time.sleep(0.05)
 
 
-def show(text: str, fd: int = 1, end: str = "\n") -> None:
+def show(text: str, fd: int = 1) -> None:
     """Write a text to a descriptor, and wait for its reader no longer than a second.
 
     Raises:
@@ -50,7 +50,7 @@ def show(text: str, fd: int = 1, end: str = "\n") -> None:
 
     def write() -> None:
         try:
-            write_all(fd, text, end)
+            write_all(fd, text)
         except OSError as error:
             errors.append(error)
 

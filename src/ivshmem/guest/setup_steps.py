@@ -89,11 +89,7 @@ class WriteFile(SetupStep):
         there = self.system.read(self.path)
         if there is None or there == self.data or is_ours(there, record.find("file", self.path)):
             return
-        raise FileExistsError(
-            errno.EEXIST,
-            "it exists, and `ivshmem guest setup` did not make it: move it away first",
-            str(self.system.place(self.path)),
-        )
+        raise _foreign(self.system, self.path)
 
     def is_done(self) -> bool:
         if self.system.read(self.path) != self.data:
@@ -116,9 +112,13 @@ class WriteFile(SetupStep):
         return [*entries, entry]
 
     def make(self) -> None:
-        for folder in self.system.missing_folders(self.path):
-            self.system.make_folder(folder)
+        self.system.make_folders_of(self.path)
         self.system.write(self.path, self.data, self.mode)
+
+
+def _foreign(system: System, path: str) -> FileExistsError:
+    text = "it exists, and `ivshmem guest setup` did not make it: move it away first"
+    return FileExistsError(errno.EEXIST, text, str(system.place(path)))
 
 
 def _folders(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -170,11 +170,7 @@ class MakeLink(SetupStep):
 
     def check(self, record: SetupRecord) -> None:
         if os.path.lexists(self.system.place(self.path)) and not self.is_done():
-            raise FileExistsError(
-                errno.EEXIST,
-                "it exists, and `ivshmem guest setup` did not make it: move it away first",
-                str(self.system.place(self.path)),
-            )
+            raise _foreign(self.system, self.path)
 
     def is_done(self) -> bool:
         place = self.system.place(self.path)
@@ -188,8 +184,7 @@ class MakeLink(SetupStep):
         return [*entries, {"kind": "link", "name": self.path, "target": self.target}]
 
     def make(self) -> None:
-        for folder in self.system.missing_folders(self.path):
-            self.system.make_folder(folder)
+        self.system.make_folders_of(self.path)
         self.system.place(self.path).symlink_to(self.target)
 
 

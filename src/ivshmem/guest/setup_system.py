@@ -127,6 +127,11 @@ class System:
             place.mkdir()
         place.chmod(0o755)
 
+    def make_folders_of(self, path: str) -> None:
+        """Make the folders above a path that are missing."""
+        for folder in self.missing_folders(path):
+            self.make_folder(folder)
+
     def missing_folders(self, path: str) -> list[str]:
         """The folders above a path that are missing, the outermost one first."""
         missing = []
