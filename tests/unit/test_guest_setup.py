@@ -9,6 +9,7 @@ import argparse
 import configparser
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -400,7 +401,25 @@ def test_nobody_can_be_asked(root: Path) -> None:
     assert tree(root) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version":1,"entries":[{}]}'])
+DAMAGED_ENTRIES = [
+    {},
+    {"kind": [], "name": "/etc/x"},
+    {"kind": "tree", "name": "/etc/x"},
+    {"kind": "folder", "name": 7},
+    {"kind": "file", "name": "/etc/x"},
+    {"kind": "link", "name": "/etc/x", "target": 7},
+    {"kind": "member", "name": "ivshmem"},
+    {"kind": "device", "name": A, "driver": "", "override": "", "enabled": True},
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"version": 2}'),
+        *(json.dumps({"version": 1, "entries": [entry]}) for entry in DAMAGED_ENTRIES),
+    ],
+)
 def test_a_damaged_record(root: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (root / RECORD[1:]).write_text(text)
     for options in ([], ["--undo"]):
@@ -408,6 +427,10 @@ def test_a_damaged_record(root: Path, capsys: pytest.CaptureFixture[str], text: 
         said = capsys.readouterr().err
         assert "is damaged, or of another version, so what was set up is unknown: undo it" in said
         assert len(said.splitlines()) == 1
+
+
+def test_each_kind_of_entry_can_be_taken_back() -> None:
+    assert {*setup_undo.UNDO} == {*setup_system.KINDS}
 
 
 def test_a_dry_run_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -583,7 +606,7 @@ def test_a_device_gets_its_driver_back(machine: FakePci, monkeypatch: pytest.Mon
     (entry,) = step.entries()
     pci.bind(pci.look(A), "vfio-pci")
     (path / "resource2").chmod(0o660)
-    undo = setup_undo.Undo(System(), entry)
+    undo = setup_undo.undo_of(System(), entry)
     assert undo.title == f"give {A} back to pci-stub"
     # A program that has it open is not waited for: the kernel would wait without end.
     with monkeypatch.context() as patch:

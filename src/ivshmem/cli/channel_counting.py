@@ -144,8 +144,8 @@ def rate_line(facts: dict[str, Any]) -> str:
         return f"{line}, {per_second(facts['done'])} done, {facts['waiting']} waiting"
     if facts["min"] is not None:
         line += (
-            f", interval min {duration(facts['min'])}, max {duration(facts['max'])},"
-            f" std dev {duration(facts['std'])}"
+            f", interval min {_interval(facts['min'])}, max {_interval(facts['max'])},"
+            f" std dev {_interval(facts['std'])}"
         )
     return line + _window(facts)
 
@@ -172,7 +172,7 @@ def per_second(rate: float) -> str:
     return f"{rate:.0f}/s" if rate >= 1000 else f"{rate:.3g}/s"
 
 
-def duration(seconds: float) -> str:
+def _interval(seconds: float) -> str:
     """Return a time with its unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:

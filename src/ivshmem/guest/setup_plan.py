@@ -22,7 +22,7 @@ from .setup_steps import (
     WriteFiles,
 )
 from .setup_system import SetupRecord, System
-from .setup_undo import Undo
+from .setup_undo import Undo, undo_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def check(record: SetupRecord, planned: Sequence[SetupStep]) -> None:
     for entry in record.entries:
         if entry["kind"] in ("file", "link", "group", "member", "unit"):
             key = entry["kind"], entry["name"]
-            if key not in keys and Undo(record.system, entry).title:
+            if key not in keys and undo_of(record.system, entry).title:
                 raise IvshmemError(
                     f"this system was set up with other options ({entry['kind']} {entry['name']}):"
                     " first `ivshmem guest setup --undo`"
@@ -198,7 +198,7 @@ def check(record: SetupRecord, planned: Sequence[SetupStep]) -> None:
 
 def undoing(record: SetupRecord) -> list[Undo]:
     """What is to be taken back, in order."""
-    return [Undo(record.system, entry) for entry in reversed(record.entries)]
+    return [undo_of(record.system, entry) for entry in reversed(record.entries)]
 
 
 def finish_undo(record: SetupRecord) -> None:

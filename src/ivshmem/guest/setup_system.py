@@ -29,10 +29,18 @@ from ..system.new_files import NewFile
 
 RECORD = "/var/lib/ivshmem-guest-setup.json"
 _VERSION = 1
-KINDS = (
-    *("file", "folder", "link", "group", "member"),
-    *("module", "no-iommu mode", "device", "unit"),
-)
+# What an entry of the record holds beside its kind and its name.
+KINDS: dict[str, dict[str, type]] = {
+    "file": {"digests": list},
+    "folder": {},
+    "link": {"target": str},
+    "group": {},
+    "member": {},
+    "module": {},
+    "no-iommu mode": {},
+    "device": {"driver": str, "override": str, "enabled": bool, "files": list},
+    "unit": {},
+}
 _LOCK_SECONDS = 5.0
 _SECONDS = 120.0  # for a program; to load modules under emulation takes some of them
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -281,7 +289,10 @@ def _parsed(value: Any) -> list[dict[str, Any]]:
         raise ValueError
     entries = value["entries"]
     for entry in entries:
-        if entry["kind"] not in KINDS or not isinstance(entry["name"], str):
+        fields = {"kind": str, "name": str, **KINDS[entry["kind"]]}
+        if any(not isinstance(entry[field], its_type) for field, its_type in fields.items()):
+            raise ValueError
+        if entry["kind"] == "member" and entry["name"].count(":") != 1:
             raise ValueError
     return list(entries)
 

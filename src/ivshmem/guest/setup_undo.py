@@ -20,67 +20,86 @@ from .device import VFIO_PCI
 from .setup_steps import check_free, is_loaded, is_ours, owner, target_of
 from .setup_system import System
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class Undo:
-    """How an entry of the record is taken back.
+    """One entry of the record, to be taken back.
 
     Attributes:
-        title: what is done, in the imperative; "": nothing is left to do.
+        name: of what was made.
+        kind: of the entry; the kinds are setup_system's KINDS.
     """
+
+    kind = ""
 
     def __init__(self, system: System, entry: dict[str, Any]) -> None:
         self.system, self.entry = system, entry
         self.name: str = entry["name"]
-        self.kind: str = entry["kind"]
 
     @property
     def title(self) -> str:
-        return str(getattr(self, f"_{self._method()}_title")())
-
-    def make(self) -> None:
-        """Take it back; idempotent."""
-        getattr(self, f"_{self._method()}")()
-
-    def _method(self) -> str:
-        return self.kind.replace(" ", "_").replace("-", "_")
-
-    # -- files
-
-    def _file_title(self) -> str:
-        data = self.system.read(self.name)
-        return f"remove {self.system.place(self.name)}" if data is not None else ""
-
-    def _file(self) -> None:
-        data = self.system.read(self.name)
-        if data is not None and is_ours(data, self.entry):
-            self.system.remove(self.name)
+        """What is done, in the imperative; "": nothing is left to do."""
+        raise NotImplementedError
 
     @property
     def kept(self) -> str:
         """Why it stays; "": it does not."""
-        if self.kind != "file":
-            return ""
+        return ""
+
+    def make(self) -> None:
+        """Take it back; idempotent."""
+        raise NotImplementedError
+
+
+class _RemoveFile(Undo):
+    kind = "file"
+
+    @property
+    def title(self) -> str:
+        data = self.system.read(self.name)
+        return f"remove {self.system.place(self.name)}" if data is not None else ""
+
+    @property
+    def kept(self) -> str:
         data = self.system.read(self.name)
         if data is None or is_ours(data, self.entry):
             return ""
         return f"{self.system.place(self.name)} stays: it was replaced since, by another file"
 
-    def _link_title(self) -> str:
-        return f"remove {self.system.place(self.name)}" if self._is_our_link() else ""
+    def make(self) -> None:
+        data = self.system.read(self.name)
+        if data is not None and is_ours(data, self.entry):
+            self.system.remove(self.name)
 
-    def _is_our_link(self) -> bool:
+
+class _RemoveLink(Undo):
+    kind = "link"
+
+    @property
+    def title(self) -> str:
+        return f"remove {self.system.place(self.name)}" if self._is_ours() else ""
+
+    def _is_ours(self) -> bool:
         place = self.system.place(self.name)
         return place.is_symlink() and os.readlink(place) == self.entry["target"]
 
-    def _link(self) -> None:
-        if self._is_our_link():
+    def make(self) -> None:
+        if self._is_ours():
             self.system.place(self.name).unlink()
 
-    def _folder_title(self) -> str:
+
+class _RemoveFolder(Undo):
+    kind = "folder"
+
+    @property
+    def title(self) -> str:
         place = self.system.place(self.name)
         return f"remove {place}, if it is empty" if place.is_dir() else ""
 
-    def _folder(self) -> None:
+    def make(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             try:
                 self.system.place(self.name).rmdir()
@@ -88,43 +107,60 @@ class Undo:
                 if error.errno != errno.ENOTEMPTY:
                     raise
 
-    # -- users
 
-    def _group_title(self) -> str:
+class _RemoveGroup(Undo):
+    kind = "group"
+
+    @property
+    def title(self) -> str:
         there = self.system.members(self.name) is not None
         return f"remove the group: groupdel {self.name}" if there else ""
 
-    def _group(self) -> None:
+    def make(self) -> None:
         if self.system.members(self.name) is not None:
-            self.system.run("groupdel", *self._prefix(), self.name)
+            prefix = () if self.system.live else ("--prefix", self.system.root)
+            self.system.run("groupdel", *prefix, self.name)
 
-    def _member_title(self) -> str:
-        group, user = self.name.split(":")
-        there = user in (self.system.members(group) or ())
-        return f"take {user} out of the group: gpasswd --delete {user} {group}" if there else ""
 
-    def _member(self) -> None:
-        group, user = self.name.split(":")
-        if user in (self.system.members(group) or ()):
+class _RemoveMember(Undo):
+    kind = "member"
+
+    def __init__(self, system: System, entry: dict[str, Any]) -> None:
+        super().__init__(system, entry)
+        self._group, self._user = self.name.split(":")
+
+    @property
+    def title(self) -> str:
+        if not self._is_there():
+            return ""
+        return f"take {self._user} out of the group: gpasswd --delete {self._user} {self._group}"
+
+    def _is_there(self) -> bool:
+        return self._user in (self.system.members(self._group) or ())
+
+    def make(self) -> None:
+        if self._is_there():
             root = () if self.system.live else ("--root", self.system.root)
-            self.system.run("gpasswd", *root, "--delete", user, group)
+            self.system.run("gpasswd", *root, "--delete", self._user, self._group)
 
-    def _prefix(self) -> tuple[str, ...]:
-        return () if self.system.live else ("--prefix", self.system.root)
 
-    # -- what runs
+class _DisableUnit(Undo):
+    kind = "unit"
 
-    def _unit_title(self) -> str:
-        there = self.system.read(f"/etc/systemd/system/{self.name}") is not None
-        if there or os.path.lexists(self._wants()):
+    @property
+    def title(self) -> str:
+        if self._is_there() or os.path.lexists(self._wants()):
             return f"systemctl disable{' --now' * self.system.live} {self.name}"
         return ""
 
-    def _wants(self) -> Any:
+    def _is_there(self) -> bool:
+        return self.system.read(f"/etc/systemd/system/{self.name}") is not None
+
+    def _wants(self) -> Path:
         return self.system.place(f"/etc/systemd/system/{target_of(self.name)}.wants/{self.name}")
 
-    def _unit(self) -> None:
-        if self.system.read(f"/etc/systemd/system/{self.name}") is not None:
+    def make(self) -> None:
+        if self._is_there():
             now = ("--now",) if self.system.live else ()
             if self.system.live:
                 self.system.run("systemctl", "daemon-reload")
@@ -132,32 +168,49 @@ class Undo:
         with contextlib.suppress(FileNotFoundError):  # somebody removed the unit alone
             self._wants().unlink()
 
-    def _module_title(self) -> str:
-        return f"unload the module, if nothing uses it: {self.name}" if self._is_ours_now() else ""
 
-    def _is_ours_now(self) -> bool:
+class _UnloadModule(Undo):
+    kind = "module"
+
+    @property
+    def title(self) -> str:
+        return f"unload the module, if nothing uses it: {self.name}" if self._is_there() else ""
+
+    def _is_there(self) -> bool:
         return self.system.live and is_loaded(self.name)
 
-    def _module(self) -> None:
-        if self._is_ours_now():
+    def make(self) -> None:
+        if self._is_there():
             self.system.tried("modprobe", "--remove", self.name)
 
-    def _no_iommu_mode_title(self) -> str:
-        on = self.system.live and vfio.noiommu_enabled()
-        return "switch off vfio's no-IOMMU mode" if on else ""
 
-    def _no_iommu_mode(self) -> None:
-        if self.system.live and vfio.noiommu_enabled():
+class _SwitchOffNoIommu(Undo):
+    kind = "no-iommu mode"
+
+    @property
+    def title(self) -> str:
+        return "switch off vfio's no-IOMMU mode" if self._is_on() else ""
+
+    def _is_on(self) -> bool:
+        return self.system.live and vfio.noiommu_enabled()
+
+    def make(self) -> None:
+        if self._is_on():
             vfio.NOIOMMU.write_text("N")
 
-    def _device_title(self) -> str:
-        device = self._device_now()
+
+class _GiveDeviceBack(Undo):
+    kind = "device"
+
+    @property
+    def title(self) -> str:
+        device = self._now()
         if device is None or self._is_as_before(device):
             return ""
         driver = self.entry["driver"]
         return f"give {self.name} back {f'to {driver}' if driver else 'without a driver'}"
 
-    def _device_now(self) -> pci.Device | None:
+    def _now(self) -> pci.Device | None:
         if not self.system.live:
             return None
         try:
@@ -177,8 +230,8 @@ class Undo:
             )
         )
 
-    def _device(self) -> None:
-        device = self._device_now()
+    def make(self) -> None:
+        device = self._now()
         if device is None or self._is_as_before(device):
             return
         entry = self.entry
@@ -194,3 +247,24 @@ class Undo:
                 if (path := device.path / name).exists():
                     os.chown(path, uid, gid)
                     os.chmod(path, mode)
+
+
+UNDO: dict[str, type[Undo]] = {
+    each.kind: each
+    for each in (
+        _RemoveFile,
+        _RemoveLink,
+        _RemoveFolder,
+        _RemoveGroup,
+        _RemoveMember,
+        _DisableUnit,
+        _UnloadModule,
+        _SwitchOffNoIommu,
+        _GiveDeviceBack,
+    )
+}
+
+
+def undo_of(system: System, entry: dict[str, Any]) -> Undo:
+    """Return what takes an entry of the record back."""
+    return UNDO[entry["kind"]](system, entry)
