@@ -586,13 +586,14 @@ def test_no_unit_where_there_are_no_interrupts(machine: FakePci) -> None:
 def test_a_record_keeps_what_was_before(root: Path) -> None:
     """A second set-up finds a device that is bound already: it had no driver before the first."""
     record = SetupRecord(System(str(root)))
-    record.add([{"kind": "device", "name": A, "driver": "", "override": "", "files": []}])
+    before = {"driver": "", "override": "", "enabled": False, "files": []}
+    record.add([{"kind": "device", "name": A, **before}])
     record.add([{"kind": "device", "name": A, "driver": "vfio-pci", "override": "vfio-pci"}])
     record.add([{"kind": "file", "name": "/x", "digests": ["1"]}])
     record.add([{"kind": "file", "name": "/x", "digests": ["2"]}])
     again = SetupRecord(System(str(root)))
     assert again.entries == [
-        {"kind": "device", "name": A, "driver": "", "override": "", "files": []},
+        {"kind": "device", "name": A, **before},
         {"kind": "file", "name": "/x", "digests": ["1", "2"]},
     ]
 
