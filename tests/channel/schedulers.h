@@ -13,7 +13,9 @@
  * addition, stays in its buffer as long as it can. The exit status is 1 if a schedule failed; its
  * line says how to run it again.
  *
- * follow: each line is a schedule of the model, `party:what:word:index:index`, see `follow_choose`.
+ * follow: each line is a schedule of the model, `party:what:word:index:index`, see `follow_choose`. Of a
+ * store, `:others:waits` say how many other stores of the party may become visible instead, and whether
+ * the party waits for that, at a fence or an exchange. If the C is less strict, the schedule is "loose".
  */
 #ifndef SCHEDULERS_H
 #define SCHEDULERS_H
@@ -35,6 +37,7 @@ enum word_class {
     TIME, USER, CLAIM, REPLY, BACKLOG, BACKLOG_STAMP, BACKLOG_ENTRY, CELL, NUMBER, CALLER, ACCEPTOR,
     END_HEAD, END_TAIL, END_SLEEPER, BYTE, CLASSES
 };
+enum { SENT_AT_ONCE = 4 }; /* words of 8 bytes, where a stream follows the model */
 
 static const char *const class_names[CLASSES] = {
     "other", "joins", "writer", "reader", "writer-sleeper", "reader-sleeper", "policy", "tail", "head",
@@ -69,10 +72,12 @@ static struct label label_of_bytes(uint64_t at)
         unsigned word = (unsigned)((at - layout->heads) % IVSHMEM_CONNECTION_BYTES / 8);
         label.a = (unsigned)((at - layout->heads) / IVSHMEM_CONNECTION_BYTES);
         label.b = word / 8 - 1;
-        if (word < 2)
+        if (word < 2) {
             label.class = word == 0 ? CALLER : ACCEPTOR;
-        else
+            label.b = 0;
+        } else {
             label.class = word % 8 == 0 ? END_HEAD : word % 8 == 1 ? END_TAIL : END_SLEEPER;
+        }
     } else if (at >= layout->reader_sleepers) {
         label.class = READER_SLEEPER;
         label.a = (unsigned)((at - layout->reader_sleepers) / 8);
@@ -302,10 +307,12 @@ static struct token {
     unsigned party;
     enum what what;
     struct label label; /* of a ring: a is the party */
+    unsigned others, waits; /* of a store: how many others may become visible; at a fence */
 } tokens[4096];
 static unsigned token_count, token_at;
 static const char *strayed; /* why the schedule could not be followed */
 static unsigned omitted[CLASSES], extra[CLASSES];
+static int is_loose; /* the C may do what the model may not: a barrier or a fence is missing */
 static int is_forbidden; /* a barrier, or a fence, of the C orders what the model leaves free */
 
 /* Words that each party has loaded out of the model's order, since its last fence. */
@@ -317,16 +324,48 @@ static int same_label(struct label a, struct label b)
     return a.class == b.class && a.a == b.a && a.b == b.b;
 }
 
+/* Of a connection the model has one direction, and no listeners' slots. Its byte is all that is sent at
+ * once. It looks at a sleeper once, and at its own never. */
+static int is_extra_of_bytes(struct label label, const char *function)
+{
+    switch (label.class) {
+    case CALLER: case ACCEPTOR:
+        return strcmp(function, "ivshmem_listener_close") == 0;
+    case END_HEAD:
+        return label.b != 0;
+    case END_TAIL:
+        return label.b != 1;
+    case END_SLEEPER:
+        return strcmp(function, "ivshmem_stream_wake_for") == 0 ||
+               strcmp(function, "ivshmem_stream_begin") == 0;
+    case BYTE:
+        return label.b % SENT_AT_ONCE != 0;
+    case READER_SLEEPER:
+        return strcmp(function, "ivshmem_wake_one") == 0;
+    default:
+        return 1;
+    }
+}
+
 static int has_two_parts; /* the model's payload is of two words, as the C's is */
 
 /* Whether a step of the C, or a store, has no counterpart in the model: it is done on the way. */
 static int is_extra(struct label label, const char *function)
 {
+    const int is_of_bytes = the_channel->record.geometry.kind == IVSHMEM_BYTES;
     const int discards = (the_channel->record.geometry.overflow & IVSHMEM_DISCARD) != 0;
+    if (is_of_bytes)
+        return is_extra_of_bytes(label, function);
     /* A reader that discards reads its backlog, which a writer looks for only once. */
     if (discards && (label.class == HEAD || label.class == ENTRY ||
                      (label.class == TAIL && strcmp(function, "ivshmem_writer_look") == 0)))
         return 1;
+    if (the_channel->record.geometry.kind == IVSHMEM_CALLS) {
+        if (label.class == READER) /* a claim of the model names its server */
+            return 1;
+        if (label.class == READER_SLEEPER) /* the model looks first whether any server sleeps, too */
+            return 0;
+    }
     switch (label.class) {
     case TIME: case USER: case OTHER: case NUMBER:
         return 1;
@@ -379,6 +418,25 @@ static int store_of(const struct party *party, struct label label)
     return -1;
 }
 
+/* Whether more stores of a party may become visible than the model says, or the party need not wait for
+ * them. What the model does not have orders nothing. */
+static int is_less_strict(const struct party *party, const struct token *token)
+{
+    unsigned may = 0;
+    int waits = party->verb == FENCES || party->verb == EXCHANGES;
+    for (unsigned i = 0; i < party->count; i++) {
+        const struct store *store = &party->stores[i];
+        int is_ordered = 0, has_stores = 0;
+        for (unsigned j = 0; j < i; j++) {
+            const struct store *before = &party->stores[j];
+            is_ordered |= before->at == 0 ? has_stores : before->at == store->at;
+            has_stores |= before->at != 0 && !is_extra(label_of(before->at), before->function);
+        }
+        may += store->at != 0 && !is_extra(label_of(store->at), store->function) && !is_ordered;
+    }
+    return may > token->others + 1 || (token->waits && !waits);
+}
+
 static void omit(const struct token *token, const char *why)
 {
     if (trace)
@@ -428,6 +486,11 @@ static struct party *follow_choose(void)
         if (token->what == SHOWS) {
             int index = store_of(party, token->label);
             if (index >= 0) {
+                if (is_less_strict(party, token)) {
+                    is_loose = 1;
+                    if (trace)
+                        printf("  loose, before step %u:\n", token_at);
+                }
                 while (!may_show(party, (unsigned)index)) {
                     hurry(party);
                     index = store_of(party, token->label);
@@ -496,6 +559,8 @@ static struct party *follow_choose(void)
         if (what == IS_EXCHANGE || what == IS_RING || what == IS_WAKE)
             strayed = "the model does not do it";
         extra[label.class]++;
+        if (trace)
+            printf("  in addition, before step %u:\n", token_at);
         if (what == IS_LOAD && early_count[token->party] < 16)
             early[token->party][early_count[token->party]++] = label;
         return party;
@@ -594,8 +659,9 @@ static int read_token(const char *text)
     struct token *token = &tokens[token_count];
     char what[16], class[32];
     unsigned i;
-    if (token_count == 4096 || sscanf(text, "%u:%15[^:]:%31[^:]:%u:%u", &token->party, what, class,
-                                      &token->label.a, &token->label.b) != 5)
+    if (token_count == 4096 ||
+        sscanf(text, "%u:%15[^:]:%31[^:]:%u:%u:%u:%u", &token->party, what, class, &token->label.a,
+               &token->label.b, &token->others, &token->waits) < 5)
         return 0;
     for (i = 0; i < 6 && strcmp(verbs[i], what) != 0;)
         i++;
@@ -611,7 +677,7 @@ static int read_token(const char *text)
 static void follow_all(const struct script *script)
 {
     static char line[1 << 17];
-    long count = 0, followed = 0, forbidden = 0;
+    long count = 0, followed = 0, forbidden = 0, loose = 0;
     while (fgets(line, sizeof line, stdin) != NULL) {
         token_count = token_at = 0;
         has_two_parts = 0;
@@ -622,7 +688,7 @@ static void follow_all(const struct script *script)
                 exit(2);
             }
         strayed = NULL;
-        is_forbidden = 0;
+        is_forbidden = is_loose = 0;
         count++;
         if (!again(script)) {
             char how[64];
@@ -634,10 +700,11 @@ static void follow_all(const struct script *script)
         if (trace && is_forbidden)
             printf("forbidden at %u of %u\n", token_at, token_count);
         forbidden += is_forbidden;
+        loose += is_loose;
         followed += strayed == NULL && !is_forbidden;
     }
-    printf("%s: %ld schedules, %ld followed, %ld forbidden;", script->name, count, followed,
-           forbidden);
+    printf("%s: %ld schedules, %ld followed, %ld forbidden, %ld loose;", script->name, count, followed,
+           forbidden, loose);
     for (unsigned i = 0; i < CLASSES; i++)
         if (omitted[i] || extra[i])
             printf(" %s -%u +%u", class_names[i], omitted[i], extra[i]);

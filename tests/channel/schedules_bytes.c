@@ -480,6 +480,124 @@ static void a_removed_acceptor_lives(void)
     add_party("user", remove_first);
 }
 
+/* -- as the cases of the model that these follow ------------------------------------------------------ */
+
+static void call_as(struct party *party)
+{
+    struct ivshmem_stream *stream = &streams[index_of(party)];
+    struct caller *caller = &callers[index_of(party)];
+    int code;
+    while ((code = ivshmem_stream_connect(stream)) == IVSHMEM_TAKEN && ending > 1)
+        if (token_at == token_count) /* else the model says who is next */
+            pause_party();
+    must(code);
+    while (caller->sent < count) {
+        uint64_t words[SENT_AT_ONCE];
+        struct ivshmem_pieces pieces;
+        int64_t sent;
+        for (unsigned i = 0; i < SENT_AT_ONCE; i++)
+            words[i] = number_of(index_of(party), caller->sent + i);
+        sent = ivshmem_send(stream, words, sizeof words);
+        if (sent == IVSHMEM_AGAIN) {
+            ivshmem_stream_sleep(stream);
+            if (ivshmem_send_begin(stream, sizeof words, &pieces) == IVSHMEM_AGAIN)
+                wait_for_ring();
+            ivshmem_sleep_end(stream->channel, &stream->sleep);
+            continue;
+        }
+        caller->is_refused = sent == IVSHMEM_CLOSED;
+        if (caller->is_refused)
+            break;
+        CHECK(sent == sizeof words, sent);
+        caller->sent += SENT_AT_ONCE;
+    }
+    ivshmem_stream_close(stream);
+    end_calling(party);
+}
+
+static void serve_as(struct party *party)
+{
+    struct ivshmem_stream *stream = &streams[index_of(party)];
+    uint64_t first = 0, words[SENT_AT_ONCE];
+    unsigned received = 0;
+    int64_t got;
+    struct caller *caller;
+    while ((got = ivshmem_receive(stream, words, sizeof words)) != 0) {
+        struct ivshmem_pieces pieces;
+        if (got == IVSHMEM_AGAIN) {
+            ivshmem_stream_sleep(stream);
+            if (ivshmem_receive_begin(stream, sizeof words, &pieces) == IVSHMEM_AGAIN)
+                wait_for_ring();
+            ivshmem_sleep_end(stream->channel, &stream->sleep);
+            continue;
+        }
+        CHECK(got == sizeof words, got);
+        if (received == 0)
+            first = words[0];
+        for (unsigned i = 0; i < SENT_AT_ONCE; i++)
+            CHECK(words[i] == first + received + i, words[i]);
+        received += SENT_AT_ONCE;
+        if (received == enough) {
+            ivshmem_stream_shutdown(stream, 0, 1);
+            break;
+        }
+    }
+    caller = caller_of(first);
+    CHECK(caller->accepted++ == 0, first);
+    caller->received = received;
+    caller->has_end = got == 0;
+    ivshmem_stream_close(stream);
+    party->got++;
+}
+
+/* Accept one connection of each caller. */
+static void listen_as(struct party *party)
+{
+    struct ivshmem_listener *listener = &listeners[index_of(party)];
+    while (party->got < ending) {
+        if (ivshmem_accept(listener, &streams[index_of(party)]) == 0) {
+            serve_as(party);
+            continue;
+        }
+        ivshmem_sleep_begin(listener->channel, &listener->sleep);
+        if (!ivshmem_listener_has_caller(listener))
+            wait_for_ring();
+        ivshmem_sleep_end(listener->channel, &listener->sleep);
+    }
+    end_listening(party);
+}
+
+static void as_one(void)
+{
+    begin(1, 1, SENT_AT_ONCE);
+    add_listener("s0", listen_as);
+    add_caller("c0", call_as);
+}
+
+static void as_one_way(void)
+{
+    begin(1, 1, 3 * SENT_AT_ONCE);
+    add_listener("s0", listen_as);
+    add_caller("c0", call_as);
+}
+
+static void as_refused(void)
+{
+    begin(1, 1, 2 * SENT_AT_ONCE);
+    may_be_reset = 1;
+    enough = SENT_AT_ONCE;
+    add_listener("s0", listen_as);
+    add_caller("c0", call_as);
+}
+
+static void as_used_again(void)
+{
+    begin(1, 1, 3 * SENT_AT_ONCE);
+    add_listener("s0", listen_as);
+    add_caller("c0", call_as);
+    add_caller("c1", call_as);
+}
+
 static void reset(void)
 {
     struct ivshmem_stream *stream;
@@ -499,8 +617,9 @@ static void check(void)
     for (unsigned i = 0; i < 2 * party_count; i++) {
         const unsigned party = i % party_count;
         const struct caller *caller = &callers[i < party_count ? party : PARTIES + party];
-        if ((parties[party].program != call && parties[party].program != call_twice) || is_shared ||
-            (i >= party_count && parties[party].program == call))
+        if ((parties[party].program != call && parties[party].program != call_twice &&
+             parties[party].program != call_as) ||
+            is_shared || (i >= party_count && parties[party].program != call_twice))
             continue;
         CHECK(caller->received <= caller->sent || parties[party].is_dead, caller->received);
         CHECK(!caller->has_end || caller->received == count, caller->received);
@@ -527,6 +646,10 @@ int main(int argc, char **argv)
         {"two-at-once", two_at_once, check},
         {"two-listeners", two_listeners, check},
         {"aborted", aborted, check},
+        {"as-one", as_one, check},
+        {"as-one-way", as_one_way, check},
+        {"as-refused", as_refused, check},
+        {"as-used-again", as_used_again, check},
         {"refused", refused, check},
         {"a-caller-dies", a_caller_dies, check},
         {"an-acceptor-dies", an_acceptor_dies, check},

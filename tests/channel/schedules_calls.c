@@ -9,6 +9,7 @@ static unsigned ran[PARTIES][MOST], answered[PARTIES][MOST], told[PARTIES][MOST]
 static unsigned replied_by[PARTIES][MOST]; /* 1 + the server's party */
 static int is_given_up[PARTIES][MOST];     /* and was said never to have run */
 static int may_be_lost; /* a server dies, or was removed: callers may be told so */
+static unsigned share;  /* as the model: each server ends after so many calls */
 static int passes_on;   /* a server passes each ring on before it works, as the model's */
 static int is_shared;   /* a removed server lives, whose late stores may spoil replies */
 
@@ -429,7 +430,7 @@ static void call_as(struct party *party)
 static void serve_as(struct party *party)
 {
     struct ivshmem_reader *server = &party->peer->reader;
-    while (party->got < total) {
+    while (party->got < share) {
         if (serve(party) == 0)
             continue;
         if (ivshmem_queue_sleep(server) == IVSHMEM_AGAIN)
@@ -442,9 +443,21 @@ static void serve_as(struct party *party)
 static void as_call(void)
 {
     begin(1, 1, 2);
+    share = 2;
     passes_on = 1;
     add_caller("c0", call_as);
     add_server("s0", serve_as);
+}
+
+/* Each server takes one of the calls. */
+static void as_two_servers(void)
+{
+    begin(1, 2, 2);
+    share = 1;
+    passes_on = 1;
+    add_caller("c0", call_as);
+    add_server("s0", serve_as);
+    add_server("s1", serve_as);
 }
 
 static void reset(void)
@@ -484,6 +497,7 @@ int main(int argc, char **argv)
         {"one-each", one_each, check},
         {"given-up", given_up, check},
         {"as-call", as_call, check},
+        {"as-two-servers", as_two_servers, check},
         {"a-server-dies", a_server_dies, check},
         {"the-next-server", the_next_server, check},
         {"a-caller-dies", a_caller_dies, check},

@@ -28,7 +28,7 @@ from model.operations import (
     Store,
     StoreBarrier,
 )
-from model.role import Role, awake
+from model.role import Role, awake, sleeper
 
 DONE: Final = "done"
 OPENED: Final = "open"
@@ -55,7 +55,7 @@ class Calls:
     mortal: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     spurious: frozenset[str] = frozenset()
-    most: int = 0  # each server ends after so many calls, and no caller says that it has ended
+    most: int = 0  # with cells: a server ends after so many calls, and no caller says that it has
     counted: int = 1  # see Role
     cells: bool = False  # a request has a cell, and an entry that says which, as in the C header
 
@@ -99,10 +99,32 @@ class Calls:
         return None
 
 
-class Requester(Role):
-    def __init__(self, setting: Calls, c: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"c{c}", without, setting.counted)
+class Side(Role):
+    """A caller or a server."""
+
+    def __init__(self, setting: Calls, name: str, without: Iterable[str] = ()) -> None:
+        super().__init__(name, without, setting.counted)
         self.setting = setting
+
+    def wake_servers(self, *, everybody: bool = False) -> Steps:
+        if self.setting.cells:  # the C looks first whether anybody sleeps
+            sleepers = 0
+            for s in range(self.setting.servers):
+                state, _ = yield Load(sleeper(f"s{s}"))
+                yield LoadBarrier()
+                sleepers += state == "sleeps"
+            if not sleepers:
+                return
+        for s in range(self.setting.servers):
+            if f"s{s}" == self.name and not self.setting.cells:
+                continue
+            if (yield from self.wakes_living(f"s{s}")) and not everybody:
+                return
+
+
+class Requester(Side):
+    def __init__(self, setting: Calls, c: int, without: Iterable[str] = ()) -> None:
+        super().__init__(setting, f"c{c}", without)
         self.c = c
         self.position = 0
         self.of_slots = list(range(setting.slots))  # the cell of each
@@ -141,9 +163,7 @@ class Requester(Role):
 
     def announce(self, *, everybody: bool = False) -> Steps:
         yield from self.full_fence("announce fence")
-        for s in range(self.setting.servers):
-            if (yield from self.wakes_living(f"s{s}")) and not everybody:
-                return
+        yield from self.wake_servers(everybody=everybody)
 
     def reply(self, number: int, i: int) -> Steps:
         place = ("claim", self.c, i)
@@ -191,26 +211,54 @@ class Requester(Role):
         return claim.state == OPENED or not (yield from self.gone(claim.server))
 
 
-class Server(Role):
+class Server(Side):
     def __init__(self, setting: Calls, s: int, without: Iterable[str] = ()) -> None:
-        super().__init__(f"s{s}", without, setting.counted)
-        self.setting = setting
+        super().__init__(setting, f"s{s}", without)
         self.served = 0
+        self.next = [0] * setting.callers
         self.closed = [False] * setting.callers
 
     def run(self) -> Process:
+        while self.setting.cells:
+            if not (yield from self.take()):
+                yield from self.sleep("server")
+                continue
+            self.served += 1
+            if self.served == self.setting.most:
+                return
         while True:
             found = yield from self.look()
             if found is not None:
                 c, claim = found
                 served = yield from self.serve(c, claim)
-                self.served += served and bool(self.setting.most)
-                if served and (self.setting.one or self.served == self.setting.most > 0):
+                if served and self.setting.one:
                     return
             elif all(self.closed):
                 return
             else:
                 yield from self.sleep("server")
+
+    def take(self) -> Steps:
+        """Serve a request, as the C header finds one. Whether there was one."""
+        slots = self.setting.slots
+        for c in range(self.setting.callers):
+            head, _ = yield Load(("head", c))
+            yield LoadBarrier()
+            while self.next[c] < head:
+                position = self.next[c]
+                self.next[c] += 1
+                claim = yield Load(("claim", c, position % slots))
+                yield LoadBarrier()
+                is_open = claim.position == position and claim.state == OPENED
+                if is_open and (yield from self.serve(c, claim)):
+                    return True
+            for i in range(slots):  # one that waits longer
+                claim = yield Load(("claim", c, i))
+                yield LoadBarrier()
+                is_open = claim.state == OPENED and claim.position < head
+                if is_open and (yield from self.serve(c, claim)):
+                    return True
+        return False
 
     def look(self) -> Steps:
         """Return an open request, or None."""
@@ -256,9 +304,7 @@ class Server(Role):
         """Wake another server if there is more: callers may have rung this one for several."""
         more = yield from self.look()
         if more is not None:
-            for s in range(self.setting.servers):
-                if f"s{s}" != self.name and (yield from self.wakes_living(f"s{s}")):
-                    return
+            yield from self.wake_servers()
 
     def awaits(self) -> Steps:
         closed = list(self.closed)

@@ -19,6 +19,7 @@ from which no end can be reached (where only a death or the like leads on, there
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -214,11 +215,13 @@ class _Search:
     def step(self, before: State, step: tuple[Any, ...]) -> Step:
         """Return a step without its value, which follows from the steps before."""
         name, what, object_ = step
+        local: Local = before[self._processes + self._names.index(name)]
         if what == "shows":
-            return Step(name, what, self._addresses.word(object_))
+            waits = local.kind in (automaton.FENCE, automaton.EXCHANGE)
+            others = len(local.flushes()) - 1
+            return Step(name, what, self._addresses.word(object_), others, waits)
         if what in ("rings", "wakes"):
             return Step(name, what, object_)
-        local: Local = before[self._processes + self._names.index(name)]
         what = {"has": "loads", "loads the older": "older", "fails to exchange": "exchanges"}.get(
             what, what
         )
@@ -395,6 +398,8 @@ class Step(NamedTuple):
     process: str
     what: str
     address: Address  # or the process that it rings
+    others: int = 0  # of a store: how many more may become visible in its place
+    waits: bool = False  # of a store: the process waits until its stores are visible
 
 
 def covering(case: Case) -> list[list[Step]]:
@@ -410,6 +415,38 @@ def covering(case: Case) -> list[list[Step]]:
             graph = _graph(search)
         if not assumed.refuted:
             return list(_cover(graph))
+
+
+def by_chance(case: Case, count: int) -> list[list[Step]]:
+    """Return so many schedules by chance, for a case that has too many states to go along all.
+
+    As for `covering`, each step is one of a process, and the same case gives the same schedules.
+    """
+    assumed = Assumptions()
+    while True:
+        search = _Search(case, assumed)
+        chance = random.Random(count)  # noqa: S311 - no secret
+        found: list[list[Step]] = []
+        while len(found) < count and not assumed.refuted:
+            found.append(_walk(search, chance))
+        if not assumed.refuted:
+            return found
+
+
+def _walk(search: _Search, chance: random.Random) -> list[Step]:
+    """Go to an end. Some schedules change between processes often, some seldom."""
+    steps: list[Step] = []
+    state = search.first
+    turns = chance.choice((1, 2, 4, 16, 64))
+    while not search.ended(state):
+        following = list(search.next_states(state))
+        if steps and chance.randrange(turns):
+            same = [each for each in following if each[1][0] == steps[-1].process]
+            following = same or following
+        after, step = chance.choice(following)
+        steps.append(search.step(state, step))
+        state = after
+    return steps
 
 
 @dataclass
@@ -437,6 +474,9 @@ def _graph(search: _Search) -> _Graph:
     return graph
 
 
+_LONG: Final = 1000  # a schedule that goes along so many new edges takes the shortest way to an end
+
+
 def _cover(graph: _Graph) -> Iterator[list[Step]]:
     leads = _ways_out(graph)
     fresh = [set(range(len(edges))) for edges in graph.following]
@@ -448,9 +488,9 @@ def _cover(graph: _Graph) -> Iterator[list[Step]]:
                 place = came[0]
                 steps.append(came[1])
             steps.reverse()
-            place = number
+            place, most = number, len(steps) + _LONG
             while graph.following[place]:
-                edge = min(fresh[place], default=leads[place])
+                edge = min(fresh[place] if len(steps) < most else (), default=leads[place])
                 fresh[place].discard(edge)
                 place, step = graph.following[place][edge]
                 steps.append(step)

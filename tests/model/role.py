@@ -66,7 +66,7 @@ class Role:
     def sleep(self, kind: str) -> Steps:
         """Wait for a ring, unless something has come. `kind` names the mutation points."""
         self.sleeps = (self.sleeps + 1) % self.counted
-        yield Store(sleeper(self.name), ("sleeps", self.sleeps))
+        yield self.says("sleeps")
         yield from self.full_fence(f"{kind} sleep fence")
         nothing = True
         if self.has(f"{kind} looks again"):
@@ -74,7 +74,11 @@ class Role:
         yield LoadBarrier()
         if nothing:
             yield Wait()
-        yield Store(sleeper(self.name), ("awake", self.sleeps))
+        yield self.says("awake")
+
+    def says(self, state: str) -> Store:
+        """Return the store that says whether this process sleeps."""
+        return Store(sleeper(self.name), (state, self.sleeps))
 
     def wake(self, name: str) -> Steps:
         """Ring a process if it sleeps. A full fence stands between what it waits for and this."""

@@ -13,10 +13,11 @@ from typing import Any
 from model import value
 from model.calls import Calls
 from model.discard import Discard
-from model.explorer import Case, Step, covering
+from model.explorer import Case, Step, by_chance, covering
 from model.messages import OVERWRITE, Channel
 from model.messages_cases import Setting
 from model.queue import Queue
+from model.streams import ENDS, Streams
 
 Word = tuple[str, int, int]
 
@@ -27,6 +28,7 @@ class Followed:
 
     case: Callable[[], Case]
     word: Callable[[Any], Word]
+    walks: int = 0  # so many schedules by chance; 0: along every edge of the state graph
 
 
 def of_messages(address: Any) -> Word:
@@ -103,7 +105,7 @@ VALUE: Mapping[str, Followed] = {
 }
 
 
-def _calls(setting: Calls) -> Followed:
+def _calls(setting: Calls, walks: int = 0) -> Followed:
     def word(address: Any) -> Word:
         kind, *rest = address
         if kind == "sleeper":
@@ -115,27 +117,60 @@ def _calls(setting: Calls) -> Followed:
             return (kind, rest[0], 8 * (setting.slots + 1 + rest[1]))
         return (kind, rest[0], rest[1] if rest[1:] else 0)
 
-    return Followed(setting.case, word)
+    return Followed(setting.case, word, walks)
 
 
 CALLS: Mapping[str, Followed] = {
     "as-call": _calls(Calls(slots=2, calls=2, most=2, counted=16, cells=True)),
+    "as-two-servers": _calls(
+        Calls(servers=2, slots=2, calls=2, most=1, counted=16, cells=True), 200
+    ),
+}
+
+
+def of_bytes(address: Any) -> Word:
+    if address == ("sleeper", "s"):
+        return ("reader-sleeper", 0, 0)
+    if address in ("head", "tail"):
+        return (f"end-{address}", 0, {"head": 0, "tail": 1}[address])
+    if isinstance(address, str):
+        return (address, 0, 0)
+    kind, which = address
+    if kind == "end sleeper":
+        return ("end-sleeper", 0, ENDS.index(which))
+    return (kind, 0, 4 * which)  # the C sends so many words at once
+
+
+def _streams(walks: int = 0, **setting: Any) -> Followed:
+    return Followed(Streams(counted=16, announced=True, **setting).case, of_bytes, walks)
+
+
+BYTES: Mapping[str, Followed] = {
+    "as-one": _streams(most=1, count=1),
+    "as-one-way": _streams(200, most=1, count=3),
+    "as-refused": _streams(most=1, count=2, reads=1),
+    "as-used-again": _streams(60, callers=2, most=2, count=3, again=True),
 }
 FOLLOWED: Mapping[str, Mapping[str, Followed]] = {
     "schedules_messages": MESSAGES,
     "schedules_queue": QUEUE,
     "schedules_value": VALUE,
     "schedules_calls": CALLS,
+    "schedules_bytes": BYTES,
 }
 
 
-def lines(followed: Followed) -> list[str]:
-    """Return schedules that together go along every edge of the case's state graph, one a line."""
+def lines(program: str, script: str, *, walks: int | None = None) -> list[str]:
+    """Return the schedules that a script of the C follows, one a line.
+
+    `walks`: so many by chance, or with 0 those along every edge; if None, as the script has it.
+    """
+    followed = FOLLOWED[program][script]
     case = followed.case()
+    count = followed.walks if walks is None else walks
+    found = by_chance(case, count) if count else covering(case)
     names = list(case.processes)
-    return [
-        " ".join([_token(step, names, followed.word) for step in steps]) for steps in covering(case)
-    ]
+    return [" ".join([_token(step, names, followed.word) for step in steps]) for steps in found]
 
 
 def _token(step: Step, names: list[str], word: Callable[[Any], Word]) -> str:
@@ -144,4 +179,7 @@ def _token(step: Step, names: list[str], word: Callable[[Any], Word]) -> str:
         place = ("other", names.index(str(step.address)), 0)
     elif step.what != "wakes":
         place = word(step.address)
-    return ":".join(map(str, (names.index(step.process), step.what, *place)))
+    parts = [names.index(step.process), step.what, *place]
+    if step.what == "shows":
+        parts += [step.others, int(step.waits)]
+    return ":".join(map(str, parts))
