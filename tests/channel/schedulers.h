@@ -301,7 +301,7 @@ static struct party *bounded_choose(void)
 
 /* -- as the model says ------------------------------------------------------------------------------ */
 
-enum what { SHOWS, IS_LOAD, IS_OLDER, IS_EXCHANGE, IS_RING, IS_WAKE };
+enum what { SHOWS, IS_LOAD, IS_OLDER, IS_EXCHANGE, IS_RING, IS_WAKE, DIES, IS_SILENT, IS_GONE, IS_BACK };
 
 static struct token {
     unsigned party;
@@ -347,6 +347,7 @@ static int is_extra_of_bytes(struct label label, const char *function)
     }
 }
 
+static int has_place[PARTIES]; /* the model asks whether this party is gone */
 static int has_two_parts; /* the model's payload is of two words, as the C's is */
 
 /* Whether a step of the C, or a store, has no counterpart in the model: it is done on the way. */
@@ -354,6 +355,8 @@ static int is_extra(struct label label, const char *function)
 {
     const int is_of_bytes = the_channel->record.geometry.kind == IVSHMEM_BYTES;
     const int discards = (the_channel->record.geometry.overflow & IVSHMEM_DISCARD) != 0;
+    if (label.class == NUMBER)
+        return !(label.a < PARTIES && has_place[label.a] && strcmp(function, "ivshmem_is_gone") == 0);
     if (is_of_bytes)
         return is_extra_of_bytes(label, function);
     /* A reader that discards reads its backlog, which a writer looks for only once. */
@@ -367,7 +370,7 @@ static int is_extra(struct label label, const char *function)
             return 0;
     }
     switch (label.class) {
-    case TIME: case USER: case OTHER: case NUMBER:
+    case TIME: case USER: case OTHER:
         return 1;
     case CELL:
         return label.b % 8 != 0 && !has_two_parts;
@@ -471,10 +474,38 @@ static int was_early(const struct token *token)
     return 0;
 }
 
+/* A party dies; or all others take it for silent, for gone, or for alive again, and are rung. */
+static void befalls(struct party *party, enum what what)
+{
+    const struct ivshmem_place place = party->peer->member.place;
+    struct party *self = running;
+    if (trace)
+        printf("%s %s\n", party->name,
+               what == DIES ? "dies" : what == IS_SILENT ? "is silent" : what == IS_GONE ? "is gone" : "is back");
+    if (what == DIES) {
+        party->is_dead = 1;
+        party->count = 0;
+        return;
+    }
+    running = NULL;
+    if (what == IS_GONE)
+        ivshmem_place_free(&party->peer->member.area, place.index, party->peer->member.number);
+    running = self;
+    for (unsigned i = 0; i < party_count; i++) {
+        struct ivshmem_member *member = &parties[i].peer->member;
+        parties[i].was_rung = 1;
+        if (what != IS_GONE) {
+            member->pulses[place.index].beat = ivshmem_word(0, 0, place.epoch);
+            member->pulses[place.index].since = 0;
+            member->looked = what == IS_SILENT ? LEASE + 1 : 0;
+        }
+    }
+}
+
 static struct party *follow_choose(void)
 {
     /* What the model has not follows at once on what it has. */
-    if (token_at > 0 && running != NULL && running->verb == LOADS &&
+    if (token_at > 0 && running != NULL && running->verb == LOADS && !running->is_dead &&
         is_extra(label_of(running->at), running->function))
         return running;
     while (token_at < token_count && strayed == NULL && !is_forbidden) {
@@ -483,6 +514,11 @@ static struct party *follow_choose(void)
         enum what what;
         struct label label = {OTHER, 0, 0};
         int is_past = 0;
+        if (token->what >= DIES) {
+            befalls(party, token->what);
+            token_at++;
+            continue;
+        }
         if (token->what == SHOWS) {
             int index = store_of(party, token->label);
             if (index >= 0) {
@@ -655,7 +691,8 @@ static long run_bounded(const struct script *script, unsigned most)
 
 static int read_token(const char *text)
 {
-    static const char *const verbs[] = {"shows", "loads", "older", "exchanges", "rings", "wakes"};
+    static const char *const verbs[] = {"shows", "loads", "older", "exchanges", "rings", "wakes",
+                                        "dies",  "silent", "gone", "back"};
     struct token *token = &tokens[token_count];
     char what[16], class[32];
     unsigned i;
@@ -663,13 +700,15 @@ static int read_token(const char *text)
         sscanf(text, "%u:%15[^:]:%31[^:]:%u:%u:%u:%u", &token->party, what, class, &token->label.a,
                &token->label.b, &token->others, &token->waits) < 5)
         return 0;
-    for (i = 0; i < 6 && strcmp(verbs[i], what) != 0;)
+    for (i = 0; i < sizeof verbs / sizeof *verbs && strcmp(verbs[i], what) != 0;)
         i++;
     token->what = (enum what)i;
     for (i = 0; i < CLASSES && strcmp(class_names[i], class) != 0;)
         i++;
     token->label.class = (enum word_class)i;
     token_count++;
+    if (token->label.class == NUMBER)
+        has_place[token->label.a] = 1;
     has_two_parts |= token->label.class == CELL && token->label.b % 8 == 1;
     return i < CLASSES && token->party < party_count;
 }
@@ -681,6 +720,7 @@ static void follow_all(const struct script *script)
     while (fgets(line, sizeof line, stdin) != NULL) {
         token_count = token_at = 0;
         has_two_parts = 0;
+        memset(has_place, 0, sizeof has_place);
         memset(early_count, 0, sizeof early_count);
         for (char *text = strtok(line, " \n"); text != NULL; text = strtok(NULL, " \n"))
             if (!read_token(text)) {

@@ -531,6 +531,8 @@ static void serve_as(struct party *party)
             ivshmem_sleep_end(stream->channel, &stream->sleep);
             continue;
         }
+        if (got == IVSHMEM_CLOSED && may_be_reset)
+            break;
         CHECK(got == sizeof words, got);
         if (received == 0)
             first = words[0];
@@ -542,12 +544,20 @@ static void serve_as(struct party *party)
             break;
         }
     }
-    caller = caller_of(first);
-    CHECK(caller->accepted++ == 0, first);
-    caller->received = received;
-    caller->has_end = got == 0;
+    if (received != 0) {
+        caller = caller_of(first);
+        CHECK(caller->accepted++ == 0, first);
+        caller->received = received;
+        caller->has_end = got == 0;
+    }
     ivshmem_stream_close(stream);
     party->got++;
+}
+
+/* Whether the only caller has died, and was seen to be gone. */
+static int is_caller_gone(void)
+{
+    return ending == 1 && ivshmem_is_gone(&channel.area, parties[1].peer->member.place);
 }
 
 /* Accept one connection of each caller. */
@@ -555,12 +565,15 @@ static void listen_as(struct party *party)
 {
     struct ivshmem_listener *listener = &listeners[index_of(party)];
     while (party->got < ending) {
+        int is_gone = is_caller_gone();
         if (ivshmem_accept(listener, &streams[index_of(party)]) == 0) {
             serve_as(party);
             continue;
         }
+        if (is_gone)
+            break;
         ivshmem_sleep_begin(listener->channel, &listener->sleep);
-        if (!ivshmem_listener_has_caller(listener))
+        if (!ivshmem_listener_has_caller(listener) && !is_caller_gone())
             wait_for_ring();
         ivshmem_sleep_end(listener->channel, &listener->sleep);
     }
@@ -586,6 +599,14 @@ static void as_refused(void)
     begin(1, 1, 2 * SENT_AT_ONCE);
     may_be_reset = 1;
     enough = SENT_AT_ONCE;
+    add_listener("s0", listen_as);
+    add_caller("c0", call_as);
+}
+
+static void as_a_caller_dies(void)
+{
+    begin(1, 1, SENT_AT_ONCE);
+    may_be_reset = 1;
     add_listener("s0", listen_as);
     add_caller("c0", call_as);
 }
@@ -637,6 +658,18 @@ static void check(void)
     all_is_back();
 }
 
+/* The place of the caller that has died is freed at last. */
+static void check_mortal(void)
+{
+    const struct caller *caller = &callers[1];
+    CHECK(caller->received <= count, caller->received);
+    CHECK(!caller->has_end || caller->received == count, caller->received);
+    CHECK(parties[1].is_dead || caller->has_end, caller->received);
+    if (parties[1].is_dead)
+        befalls(&parties[1], IS_GONE);
+    check();
+}
+
 int main(int argc, char **argv)
 {
     static const struct script scripts[] = {
@@ -649,6 +682,7 @@ int main(int argc, char **argv)
         {"as-one", as_one, check},
         {"as-one-way", as_one_way, check},
         {"as-refused", as_refused, check},
+        {"as-a-caller-dies", as_a_caller_dies, check_mortal},
         {"as-used-again", as_used_again, check},
         {"refused", refused, check},
         {"a-caller-dies", a_caller_dies, check},

@@ -472,6 +472,38 @@ static void second_as(struct party *party)
     read_as(party, IVSHMEM_CLAIM_ONCE, 1);
 }
 
+/* Get until there were so many, or the writer is gone; then free its slot. */
+static void get_from_mortal(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    const struct ivshmem_place writer = parties[0].peer->member.place;
+    int is_gone = 0;
+    while (party->got < total) {
+        struct ivshmem_taken taken;
+        uint64_t words[2];
+        is_gone = ivshmem_is_gone(&channel.area, writer);
+        if (ivshmem_queue_take(reader, IVSHMEM_CLAIM_ONCE, 0, &taken) == 0) {
+            ivshmem_queue_pass_on(reader);
+            IVSHMEM_COPY(words, region + taken.message.offset, LENGTH);
+            must(ivshmem_queue_done(reader, &taken));
+            got(party, &taken, words);
+            is_done(&taken, words);
+            continue;
+        }
+        if (is_gone && !ivshmem_queue_has_more(reader))
+            break;
+        if (ivshmem_queue_sleep(reader) == IVSHMEM_AGAIN &&
+            (is_gone || !ivshmem_is_gone(&channel.area, writer)))
+            wait_for_ring();
+        ivshmem_queue_awake(reader);
+    }
+    if (is_gone) {
+        ivshmem_writer_reap(&party->peer->member, &channel, 0);
+        CHECK(ivshmem_flags(ivshmem_writer_owner(&channel, 0)) == IVSHMEM_SLOT_FREE, 0);
+    }
+    end_reading(party);
+}
+
 static void begin_as(unsigned readers, unsigned messages)
 {
     begin(1, readers, messages);
@@ -482,6 +514,13 @@ static void as_get(void)
 {
     begin_as(1, 3);
     add_reader("r0", get_as);
+}
+
+static void as_a_writer_dies(void)
+{
+    begin_as(1, 2);
+    is_in_order = 1;
+    add_reader("r0", get_from_mortal);
 }
 
 static void as_take(void)
@@ -514,6 +553,17 @@ static void check(void)
     all_is_back();
 }
 
+/* What was published was read, and all is free when the place of the dead writer is. */
+static void check_mortal(void)
+{
+    uint64_t published = ivshmem_value(ivshmem_head(&channel, 0));
+    CHECK(parties[1].got == published, parties[1].got);
+    CHECK(parties[0].is_dead || published == total, published);
+    if (parties[0].is_dead)
+        befalls(&parties[0], IS_GONE);
+    all_is_back();
+}
+
 int main(int argc, char **argv)
 {
     static const struct script scripts[] = {
@@ -528,6 +578,7 @@ int main(int argc, char **argv)
         {"a-getting-reader-dies", a_getting_reader_dies, check},
         {"as-get", as_get, check},
         {"as-take", as_take, check},
+        {"as-a-writer-dies", as_a_writer_dies, check_mortal},
         {"as-fail", as_fail, check},
         {"the-next-owner", the_next_owner, check},
         {"the-claim-of-a-dead-one", the_claim_of_a_dead_one, check},

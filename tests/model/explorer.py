@@ -215,6 +215,10 @@ class _Search:
     def step(self, before: State, step: tuple[Any, ...]) -> Step:
         """Return a step without its value, which follows from the steps before."""
         name, what, object_ = step
+        if what == DIES:
+            return Step(name, "dies", "")
+        if what in ("looks", STOPS, REMOVED):
+            return Step(name, {SILENT: "silent", GONE: "gone", BACK: "back"}[object_], "")
         local: Local = before[self._processes + self._names.index(name)]
         if what == "shows":
             waits = local.kind in (automaton.FENCE, automaton.EXCHANGE)
@@ -392,7 +396,7 @@ class Step(NamedTuple):
     """What a process does.
 
     It "shows" a store, "loads" a word or what was there before ("older"), or "exchanges" it; or it
-    "rings" a process, or "wakes".
+    "rings" a process, or "wakes". Or it "dies"; or it looks "silent", "gone", or "back".
     """
 
     process: str
@@ -405,8 +409,7 @@ class Step(NamedTuple):
 def covering(case: Case) -> list[list[Step]]:
     """Return schedules from the beginning to an end that go along every edge of the state graph.
 
-    The case has no misfortunes: each step is one of a process. The same case gives the same
-    schedules.
+    The same case gives the same schedules.
     """
     assumed = Assumptions()
     while True:
@@ -420,7 +423,7 @@ def covering(case: Case) -> list[list[Step]]:
 def by_chance(case: Case, count: int) -> list[list[Step]]:
     """Return so many schedules by chance, for a case that has too many states to go along all.
 
-    As for `covering`, each step is one of a process, and the same case gives the same schedules.
+    As for `covering`, the same case gives the same schedules.
     """
     assumed = Assumptions()
     while True:
@@ -440,6 +443,9 @@ def _walk(search: _Search, chance: random.Random) -> list[Step]:
     turns = chance.choice((1, 2, 4, 16, 64))
     while not search.ended(state):
         following = list(search.next_states(state))
+        certain = [each for each in following if each[1][1] not in MISFORTUNES]
+        if chance.randrange(40):  # else most would end soon
+            following = certain or following
         if steps and chance.randrange(turns):
             same = [each for each in following if each[1][0] == steps[-1].process]
             following = same or following

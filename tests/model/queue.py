@@ -351,8 +351,6 @@ class Consumer(Role):
             yield LoadBarrier()
             if closed > self.closed[w]:
                 return False
-            if not self.closed[w] and (yield from self.gone(f"w{w}")):
-                return False
             for i in range(self.queue.slots):
                 claim = yield Load(("claim", w, i))
                 yield LoadBarrier()
@@ -360,6 +358,8 @@ class Consumer(Role):
                     if claim.position < self.next[w]:
                         self.behind = (w, claim)
                     return False
+            if not self.closed[w] and (yield from self.gone(f"w{w}")):
+                return False
         return True
 
 

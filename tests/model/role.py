@@ -90,6 +90,8 @@ class Role:
         yield LoadBarrier()
         if state == "sleeps" and (self.counted == 1 or self.rung.get(name) != count):
             if self.counted > 1:
+                if (yield from self.gone(name)):
+                    return False
                 self.rung[name] = count
             yield Ring(name)
             return True

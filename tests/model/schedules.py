@@ -82,7 +82,7 @@ def of_queue(address: Any) -> Word:
     return of_messages(address)
 
 
-def _queue(*ways: str, messages: int, most: tuple[int, ...] = ()) -> Followed:
+def _queue(*ways: str, messages: int, most: tuple[int, ...] = (), **how: Any) -> Followed:
     queue = Queue(
         readers=len(ways),
         messages=messages,
@@ -91,6 +91,7 @@ def _queue(*ways: str, messages: int, most: tuple[int, ...] = ()) -> Followed:
         most=most,
         counted=16,
         ordered=True,
+        **how,
     )
     return Followed(queue.case, of_queue)
 
@@ -98,6 +99,7 @@ def _queue(*ways: str, messages: int, most: tuple[int, ...] = ()) -> Followed:
 QUEUE: Mapping[str, Followed] = {
     "as-get": _queue("get", messages=3, most=(3,)),
     "as-take": _queue("take", messages=3, most=(3,)),
+    "as-a-writer-dies": _queue("get", messages=2, most=(2,), mortal=frozenset({"w0"})),
     "as-fail": _queue("fail", "second", messages=1),
 }
 VALUE: Mapping[str, Followed] = {
@@ -149,6 +151,7 @@ BYTES: Mapping[str, Followed] = {
     "as-one": _streams(most=1, count=1),
     "as-one-way": _streams(200, most=1, count=3),
     "as-refused": _streams(most=1, count=2, reads=1),
+    "as-a-caller-dies": _streams(300, most=1, count=1, mortal=frozenset({"c0"})),
     "as-used-again": _streams(60, callers=2, most=2, count=3, again=True),
 }
 FOLLOWED: Mapping[str, Mapping[str, Followed]] = {
@@ -177,7 +180,9 @@ def _token(step: Step, names: list[str], word: Callable[[Any], Word]) -> str:
     place: Word = ("other", 0, 0)
     if step.what == "rings":
         place = ("other", names.index(str(step.address)), 0)
-    elif step.what != "wakes":
+    elif isinstance(step.address, tuple) and step.address[0] == "looks":
+        place = ("number", names.index(step.address[1]), 0)
+    elif step.what in ("shows", "loads", "older", "exchanges"):
         place = word(step.address)
     parts = [names.index(step.process), step.what, *place]
     if step.what == "shows":

@@ -314,11 +314,11 @@ class Acceptor(Side):
         return True
 
     def over(self) -> Steps:
-        if self.setting.most:
-            return False
         for c in range(self.setting.callers):
-            over = yield Load(("over", f"c{c}"))
-            yield LoadBarrier()
+            over = False
+            if not self.setting.most:
+                over = yield Load(("over", f"c{c}"))
+                yield LoadBarrier()
             if not over and not (yield from self.gone(f"c{c}")):
                 return False
         return True
