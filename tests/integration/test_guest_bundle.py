@@ -94,8 +94,11 @@ def test_what_stays_on_the_host_is_said_in_one_line(bundles: Path, home: Path) -
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_archive_needs_no_place_to_unpack(bundles: Path, tmp_path: Path) -> None:
-    shutil.unpack_archive(bundles / "ivshmem.tar", tmp_path, "tar")
+@pytest.mark.parametrize("form", ["tar", "tar.xz"])
+def test_an_archive_needs_no_place_to_unpack(bundles: Path, tmp_path: Path, form: str) -> None:
+    file = bundles / f"ivshmem.{form}"
+    subprocess.run(["tar", "-C", tmp_path, "-xf", file], check=True, timeout=60)
+    assert form == "tar" or file.stat().st_size <= PYZ_LIMIT
     program = tmp_path / "ivshmem/ivshmem.pyz"
     done = ran(program, "--version", HOME="/nowhere", XDG_CACHE_HOME="/nowhere")
     assert (done.stdout, done.stderr) == (f"ivshmem {ivshmem.__version__}\n", "")
@@ -153,7 +156,7 @@ def test_a_name_without_an_ending() -> None:
     command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", "/tmp/x.zip"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "End its name in .pyz (a program), .tar, or .iso (a disk image)" in done.stderr
+    assert "End its name in .pyz (a program), .tar, .tar.xz, or .iso (a disk image)" in done.stderr
 
 
 # -- what another user of the guest can do --------------------------------------------------------

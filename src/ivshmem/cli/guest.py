@@ -130,7 +130,8 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         default="ivshmem.pyz",
-        help="the file: NAME.pyz (a program), NAME.tar, or NAME.iso (default: ivshmem.pyz)",
+        help="the file: NAME.pyz (a program), NAME.tar, NAME.tar.xz, or NAME.iso (default:"
+        " ivshmem.pyz)",
     )
     parser.add_argument(
         "--iso",
@@ -398,7 +399,10 @@ def _setup(options: argparse.Namespace) -> int:
 # What a user types in the guest, then.
 _IN_GUEST = {
     "pyz": ("in the guest: python3 {name} guest list",),
-    "tar": ("in the guest: tar -xf {name} && python3 ivshmem/ivshmem.pyz guest list",),
+    **dict.fromkeys(
+        ("tar", "tar.xz"),
+        ("in the guest: tar -xf {name} && python3 ivshmem/ivshmem.pyz guest list",),
+    ),
     "iso": (
         "for QEMU: -drive file={name},if=virtio,readonly=on,format=raw",
         "in the guest: mount -o ro LABEL=IVSHMEM /mnt && python3 /mnt/ivshmem.pyz guest list",

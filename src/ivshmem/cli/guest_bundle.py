@@ -1,6 +1,6 @@
 """One file with the package for a guest that has Python and nothing else.
 
-Knows: which parts of the package a guest uses, and the three forms of the file.
+Knows: which parts of the package a guest uses, and the forms of the file.
 Does not know: how the modules are loaded there: bundled.py does.
 """
 
@@ -28,7 +28,7 @@ PROGRAM = "ivshmem.pyz"
 LABEL = "IVSHMEM"  # of the disk image
 _START = b"#!/usr/bin/env python3\n"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same package gives the same bytes
-FORMS = ("pyz", "tar", "iso")
+FORMS = ("pyz", "tar", "tar.xz", "iso")
 
 
 def form_of(path: str) -> str:
@@ -41,7 +41,8 @@ def form_of(path: str) -> str:
         if path.endswith(f".{form}"):
             return form
     raise IvshmemError(
-        f"{path}: what kind of file? End its name in .pyz (a program), .tar, or .iso (a disk image)"
+        f"{path}: what kind of file? End its name in .pyz (a program), .tar, .tar.xz, or .iso (a"
+        " disk image)"
     )
 
 
@@ -60,7 +61,7 @@ def make(form: str) -> bytes:
             member = tarfile.TarInfo(f"ivshmem/{name}")
             member.size, member.mode = len(data), 0o755
             archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
+    return _xz(out.getvalue()) if form == "tar.xz" else out.getvalue()
 
 
 def write(path: str, form: str) -> int:
@@ -153,6 +154,10 @@ def _packed(modules: dict[str, bytes]) -> bytes:
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o700
             archive.addfile(member, io.BytesIO(data))
+    return _xz(out.getvalue())
+
+
+def _xz(data: bytes) -> bytes:
     filters = [{"id": lzma.FILTER_X86}] if os.uname().machine == "x86_64" else []
     filters.append({"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME})
-    return lzma.compress(out.getvalue(), filters=filters)
+    return lzma.compress(data, filters=filters)
