@@ -57,6 +57,8 @@ exec chroot "$root" "$@"
 
 # What a guest has that boots from a disk.
 GUEST = ("systemd", "systemd-sysv", "udev", "kmod", "passwd", "python3")
+# The same, set up by user data; its image's programs need nothing of what is recommended.
+CLOUD = (*GUEST, "cloud-init")
 # What a minimal machine has. No compiler, and of Python what the package itself depends on.
 MINIMAL = ("systemd", "systemd-sysv", "dbus")
 # A command runs in all of the machine's namespaces.
@@ -104,7 +106,7 @@ def build_depends() -> list[str]:
 
 
 def tarball(cache: Path, suite: str, kind: str) -> Path:
-    """A root of a suite, as a tar: "build", "minimal", or "guest".
+    """A root of a suite, as a tar: "build", "minimal", "guest", or "cloud".
 
     Raises:
         unpacked.CannotError: it cannot be made.
@@ -113,7 +115,12 @@ def tarball(cache: Path, suite: str, kind: str) -> Path:
         raise unpacked.CannotError("this needs root: mounts, and files of several users")
     if not shutil.which("mmdebstrap"):
         raise unpacked.CannotError("apt-get install mmdebstrap")
-    included = {"build": [*build_depends(), "lintian"], "minimal": MINIMAL, "guest": GUEST}
+    included = {
+        "build": [*build_depends(), "lintian"],
+        "minimal": MINIMAL,
+        "guest": GUEST,
+        "cloud": CLOUD,
+    }
     include = [*included[kind]]
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{suite}-{kind}.tar"
@@ -144,6 +151,39 @@ def root(cache: Path, suite: str, kind: str) -> Iterator[Path]:
         os.chmod(place, 0o755)  # noqa: S103  the builder is not root
         subprocess.run(["tar", "-C", place, "-xf", packed], check=True, timeout=_LIMIT)
         yield Path(place)
+
+
+_FETCH = r"""
+set -e
+apt-get update -qq
+cd /root
+apt-get -qq -o APT::Sandbox::User=root download "$(
+    apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p'
+)"
+"""
+
+
+def kernel(cache: Path, suite: str) -> Path:
+    """The file of a suite's kernel package.
+
+    Raises:
+        unpacked.CannotError: it cannot be fetched.
+    """
+    folder = cache / f"{suite}-kernel"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: the second finds the first's
+        for found in folder.glob("*.deb"):
+            if time.time() - found.stat().st_mtime < _FRESH:
+                return found
+            found.unlink()
+        with root(cache, suite, "guest") as place:
+            shutil.copy("/etc/resolv.conf", place / "etc/resolv.conf")
+            unpacked.run("chroot", str(place), "sh", "-c", _FETCH)
+            (deb,) = (place / "root").glob("*.deb")
+            draft = folder / "draft"
+            shutil.copyfile(deb, draft)  # not with its time, which is that of the archive
+            return draft.rename(folder / deb.name)
 
 
 def sources() -> list[str]:

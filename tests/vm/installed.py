@@ -8,6 +8,7 @@ Needs root and mmdebstrap.
 """
 
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support import debian
 from support.emulator import QEMU
 
@@ -32,7 +34,15 @@ _PORT = "vm-agent"
 _DISK = "1G"
 
 # Of the kernel's modules, those that the system loads by itself.
-_WANTED = ("virtio_pci", "virtio_console", "vfio_iommu_type1", "vfio_pci", "virtio_blk", "ext4")
+_WANTED = (
+    "virtio_pci",
+    "virtio_console",
+    "vfio_iommu_type1",
+    "vfio_pci",
+    "virtio_blk",
+    "ext4",
+    "isofs",
+)
 _FOR_THE_DISK = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 
 _INIT = """#!/bin/busybox sh
@@ -106,25 +116,40 @@ class Done:
     output: str
 
 
-def make_disk(folder: Path, suite: str, files: dict[str, bytes]) -> tuple[image.Image, Path]:
-    """The kernel, and a disk of a suite's system with these files, in a folder.
+def require() -> None:
+    """Skip a test, or fail it in CI, where disks cannot be made."""
+    for name in ("mmdebstrap", "mkfs.ext4"):
+        if not shutil.which(name) or os.geteuid() != 0:
+            reason = f"needs root, and apt-get install {name} (mkfs.ext4: e2fsprogs)"
+            if os.environ.get("CI"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+def make_disk(
+    folder: Path, suite: str, files: dict[str, bytes], kind: str = "guest"
+) -> tuple[image.Image, Path]:
+    """A suite's kernel, and a disk of its system with these files, in a folder.
+
+    Args:
+        kind: of the root, as debian.root() takes it.
 
     Raises:
         RuntimeError, unpacked.CannotError: something is missing.
     """
-    package, busybox = image.kernel_package(), image._busybox()
-    if package is None or busybox is None:
+    busybox = image._busybox()
+    if busybox is None:
         raise RuntimeError(image.missing())
-    base = image.prepare()
-    kept = image.cache()
-    with image.locked(kept / "lock"):
-        deb = image.fetched(kept, package)
-    release = package.removeprefix("linux-image-")
+    deb = debian.kernel(debian.cache_folder(), suite)
+    release = deb.name.partition("_")[0].removeprefix("linux-image-")
     with (
-        debian.root(debian.cache_folder(), suite, "guest") as place,
+        debian.root(debian.cache_folder(), suite, kind) as place,
         tempfile.TemporaryDirectory(dir=folder) as work,
     ):
         image.run("dpkg-deb", "-x", str(deb), work)
+        kernel = folder / "kernel"
+        (vmlinuz,) = Path(work).glob("boot/vmlinuz-*")
+        kernel.write_bytes(image._uncompressed(vmlinuz.read_bytes()))
         tree = image.ModuleTree(Path(work))
         archive = Newc()
         for name in ("bin", "dev", "modules"):
@@ -147,12 +172,14 @@ def make_disk(folder: Path, suite: str, files: dict[str, bytes]) -> tuple[image.
             _add(place, name, data)
         disk = folder / "disk"
         image.run("mkfs.ext4", "-q", "-d", str(place), str(disk), _DISK)
-    return image.Image(base.kernel, initrd), disk
+    return image.Image(kernel, initrd), disk
 
 
 def _add(place: Path, name: str, data: bytes) -> None:
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     (place / name).write_bytes(data)
+    if data.startswith(b"#!"):
+        (place / name).chmod(0o755)
 
 
 def _add_modules(place: Path, unpacked: Path, tree: image.ModuleTree, release: str) -> None:

@@ -6,25 +6,21 @@ tests/unit/test_guest_setup.py tries its steps on files.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import unpacked
+from support import debian, unpacked
 
 import ivshmem
-from ivshmem.cli import guest_bundle as bundle
 from ivshmem.qemu import cmdline
 
-from .installed import COMMAND, InstalledGuest, make_disk
+from . import kit
+from .installed import COMMAND, InstalledGuest, make_disk, require
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3000)]
 
-# The system whose Python the modules of a bundle fit, if they do not fit each.
-SUITES = {"": "trixie", "3.11": "bookworm", "3.13": "trixie"}
 BUNDLE = "/root/ivshmem.pyz"
 SYSFS = "/sys/bus/pci/devices"
 
@@ -45,22 +41,18 @@ true
 """
 
 
-@pytest.fixture
-def made(tmp_path: Path, server: ivshmem.Server) -> Iterator[Callable[..., InstalledGuest]]:
+@pytest.fixture(params=debian.SUITES)
+def made(
+    tmp_path: Path, server: ivshmem.Server, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., InstalledGuest]]:
     """Boots a guest that has the bundle; with users who are called alice and bob."""
-    for name in ("mmdebstrap", "mkfs.ext4"):
-        if not shutil.which(name) or os.geteuid() != 0:
-            reason = f"needs root, and apt-get install {name} (mkfs.ext4: e2fsprogs)"
-            if os.environ.get("CI"):
-                pytest.fail(reason, pytrace=False)
-            pytest.skip(reason)
+    require()
     guests = []
 
     def make(*, iommu: bool = True) -> InstalledGuest:
-        files = {BUNDLE[1:]: bundle.make("pyz")}
-        suite = SUITES.get(bundle.fits(), "bookworm")
         try:
-            boot, disk = make_disk(tmp_path, suite, files)
+            files = {BUNDLE[1:]: kit.make("pyz", request.param, tmp_path)}
+            boot, disk = make_disk(tmp_path, request.param, files)
         except unpacked.CannotError as error:
             pytest.fail(str(error), pytrace=False)
         guest = InstalledGuest(boot, disk, cmdline.doorbell(server.path, 4), iommu=iommu)
