@@ -347,6 +347,8 @@ static int is_extra_of_bytes(struct label label, const char *function)
     }
 }
 
+static int has_claim[IVSHMEM_MOST_WRITERS][8];
+static int is_silent[PARTIES];
 static int has_place[PARTIES]; /* the model asks whether this party is gone */
 static int has_two_parts; /* the model's payload is of two words, as the C's is */
 
@@ -363,12 +365,10 @@ static int is_extra(struct label label, const char *function)
     if (discards && (label.class == HEAD || label.class == ENTRY ||
                      (label.class == TAIL && strcmp(function, "ivshmem_writer_look") == 0)))
         return 1;
-    if (the_channel->record.geometry.kind == IVSHMEM_CALLS) {
-        if (label.class == READER) /* a claim of the model names its server */
-            return 1;
-        if (label.class == READER_SLEEPER) /* the model looks first whether any server sleeps, too */
-            return 0;
-    }
+    if (label.class == READER && strcmp(function, "ivshmem_claimer_owner") == 0)
+        return 1; /* a claim of the model names its reader, or server */
+    if (label.class == READER_SLEEPER && ivshmem_has_claims(the_channel))
+        return 0; /* the model looks first whether any sleeps, too */
     switch (label.class) {
     case TIME: case USER: case OTHER:
         return 1;
@@ -381,7 +381,9 @@ static int is_extra(struct label label, const char *function)
             return 1;
         return strcmp(function, "ivshmem_entry_read") == 0 ||
                strcmp(function, "ivshmem_value_look") == 0;
-    case CLAIM:
+    case CLAIM: /* of a slot that is never used a look is no step of the model */
+        if (label.b < 8 && !has_claim[label.a][label.b])
+            return 1;
         return strcmp(function, "ivshmem_claim_ends") == 0;
     case WRITER_SLEEPER:
         /* A reply looks at it there alone; others have looked before they come there. */
@@ -491,15 +493,18 @@ static void befalls(struct party *party, enum what what)
     if (what == IS_GONE)
         ivshmem_place_free(&party->peer->member.area, place.index, party->peer->member.number);
     running = self;
-    for (unsigned i = 0; i < party_count; i++) {
-        struct ivshmem_member *member = &parties[i].peer->member;
+    is_silent[place.index] = what == IS_SILENT;
+    for (unsigned i = 0; i < party_count; i++)
         parties[i].was_rung = 1;
-        if (what != IS_GONE) {
-            member->pulses[place.index].beat = ivshmem_word(0, 0, place.epoch);
-            member->pulses[place.index].since = 0;
-            member->looked = what == IS_SILENT ? LEASE + 1 : 0;
-        }
-    }
+}
+
+/* A party sees whether another one is silent when, in the model, it asks how that one looks. */
+static void sees_silence(const struct party *party, unsigned index)
+{
+    struct ivshmem_member *member = &party->peer->member;
+    const struct ivshmem_place place = parties[index].peer->member.place;
+    member->pulses[index].beat = ivshmem_word(0, 0, place.epoch);
+    member->pulses[index].since = is_silent[index] ? -LEASE - 1 : 0;
 }
 
 static struct party *follow_choose(void)
@@ -576,6 +581,8 @@ static struct party *follow_choose(void)
             !((what == IS_LOAD || what == IS_EXCHANGE) && is_extra(label, party->function))) {
             if (token->what == IS_OLDER && label.class != CELL)
                 is_forbidden = 1; /* a load of the C acquires */
+            if (label.class == NUMBER)
+                sees_silence(party, label.a);
             token_at++;
             return party;
         }
@@ -707,6 +714,8 @@ static int read_token(const char *text)
         i++;
     token->label.class = (enum word_class)i;
     token_count++;
+    if (token->label.class == CLAIM && token->label.b < 8)
+        has_claim[token->label.a % IVSHMEM_MOST_WRITERS][token->label.b] = 1;
     if (token->label.class == NUMBER)
         has_place[token->label.a] = 1;
     has_two_parts |= token->label.class == CELL && token->label.b % 8 == 1;
@@ -721,6 +730,8 @@ static void follow_all(const struct script *script)
         token_count = token_at = 0;
         has_two_parts = 0;
         memset(has_place, 0, sizeof has_place);
+        memset(is_silent, 0, sizeof is_silent);
+        memset(has_claim, 0, sizeof has_claim);
         memset(early_count, 0, sizeof early_count);
         for (char *text = strtok(line, " \n"); text != NULL; text = strtok(NULL, " \n"))
             if (!read_token(text)) {

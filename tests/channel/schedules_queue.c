@@ -504,6 +504,40 @@ static void get_from_mortal(struct party *party)
     end_reading(party);
 }
 
+/* Whether the only message is done. */
+static int is_done_as(void)
+{
+    uint64_t head = ivshmem_head(&channel, 0);
+    uint64_t claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, 0, 0));
+    return ivshmem_value(head) == 1 && ivshmem_flags(claim) == IVSHMEM_CLAIM_NONE;
+}
+
+/* Take a message, also of a reader that is silent, until it is done. */
+static void take_until_done(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    while (!is_done_as()) {
+        struct ivshmem_taken taken;
+        uint64_t words[2];
+        if (ivshmem_queue_take(reader, IVSHMEM_CLAIM_TAKEN, 1, &taken) == 0) {
+            ivshmem_queue_pass_on(reader);
+            IVSHMEM_COPY(words, region + taken.message.offset, LENGTH);
+            if (!taken.redelivered)
+                CHECK(delivered[0][words[0] & 7]++ == 0, words[0]);
+            if (ivshmem_queue_done(reader, &taken) == 0) {
+                got(party, &taken, words);
+                is_done(&taken, words);
+            }
+            ring(NULL, party == &parties[1] ? 2 : 1, 0); /* in place of the beat */
+            continue;
+        }
+        if (ivshmem_queue_sleep(reader) == IVSHMEM_AGAIN && !is_done_as())
+            wait_for_ring();
+        ivshmem_queue_awake(reader);
+    }
+    end_reading(party);
+}
+
 static void begin_as(unsigned readers, unsigned messages)
 {
     begin(1, readers, messages);
@@ -521,6 +555,13 @@ static void as_a_writer_dies(void)
     begin_as(1, 2);
     is_in_order = 1;
     add_reader("r0", get_from_mortal);
+}
+
+static void as_a_reader_comes_back(void)
+{
+    begin_as(2, 1);
+    add_reader("r0", take_until_done);
+    add_reader("r1", take_until_done);
 }
 
 static void as_take(void)
@@ -578,6 +619,7 @@ int main(int argc, char **argv)
         {"a-getting-reader-dies", a_getting_reader_dies, check},
         {"as-get", as_get, check},
         {"as-take", as_take, check},
+        {"as-a-reader-comes-back", as_a_reader_comes_back, check},
         {"as-a-writer-dies", as_a_writer_dies, check_mortal},
         {"as-fail", as_fail, check},
         {"the-next-owner", the_next_owner, check},

@@ -437,21 +437,30 @@ def by_chance(case: Case, count: int) -> list[list[Step]]:
 
 
 def _walk(search: _Search, chance: random.Random) -> list[Step]:
-    """Go to an end. Some schedules change between processes often, some seldom."""
+    """Go to an end. Some schedules change between processes often, some seldom.
+
+    A process that has stopped does nothing for a while; what others see of it comes later, too.
+    """
     steps: list[Step] = []
+    stopped, until = "", 0
     state = search.first
     turns = chance.choice((1, 2, 4, 16, 64))
     while not search.ended(state):
         following = list(search.next_states(state))
         certain = [each for each in following if each[1][1] not in MISFORTUNES]
-        if chance.randrange(40):  # else most would end soon
+        if chance.randrange(20):  # else most would end soon
             following = certain or following
+        if len(steps) < until:
+            others = [each for each in following if each[1][0] != stopped]
+            following = others or following
         if steps and chance.randrange(turns):
             same = [each for each in following if each[1][0] == steps[-1].process]
             following = same or following
         after, step = chance.choice(following)
         steps.append(search.step(state, step))
         state = after
+        if step[1] in MISFORTUNES:
+            stopped, until = step[0], len(steps) + chance.choice((0, 50, 200))
     return steps
 
 

@@ -30,7 +30,7 @@ from model.operations import (
     StoreBarrier,
     Wait,
 )
-from model.role import Role, awake
+from model.role import Role, awake, sleeper
 
 DONE: Final = "done"
 OPENED: Final = "open"
@@ -63,7 +63,7 @@ class Queue:
     ways: tuple[str, ...] = (
         "get",
         "get",
-    )  # of the readers: get, take, one, fail, second, hold, limit
+    )  # of the readers: get, take, one, fail, second, hold, limit, heir
     mortal: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     closes: bool = True
@@ -133,7 +133,18 @@ class Queue:
         return None
 
 
-class Producer(Role):
+class Side(Role):
+    def some_sleep(self, readers: int) -> Steps:
+        """Whether some reader sleeps: the C looks at all before it rings one."""
+        sleepers = 0
+        for r in range(readers):
+            state, _ = yield Load(sleeper(f"r{r}"))
+            yield LoadBarrier()
+            sleepers += state == "sleeps"
+        return sleepers > 0
+
+
+class Producer(Side):
     def __init__(self, queue: Queue, w: int, without: Iterable[str] = ()) -> None:
         super().__init__(f"w{w}", without, queue.counted)
         self.queue = queue
@@ -185,12 +196,14 @@ class Producer(Role):
     def announce(self, *, everybody: bool = False) -> Steps:
         """Wake one reader that sleeps, of those that this writer has not rung yet."""
         yield from self.full_fence("announce fence")
+        if self.queue.ordered and not (yield from self.some_sleep(self.queue.readers)):
+            return
         for r in range(self.queue.readers):
             if (yield from self.wakes_living(f"r{r}")) and not everybody:
                 return
 
 
-class Consumer(Role):
+class Consumer(Side):
     def __init__(self, queue: Queue, r: int, without: Iterable[str] = ()) -> None:
         super().__init__(f"r{r}", without, queue.counted)
         self.queue = queue
@@ -207,6 +220,14 @@ class Consumer(Role):
                 yield LoadBarrier()
                 yield Wait()
             yield LoadBarrier()
+        while self.way == "heir":
+            if (yield from self.over()):
+                return
+            found = yield from self.look_everywhere()
+            if found is not None:
+                yield from self.work(found)
+            else:
+                yield from self.sleep("reader")
         if self.way == "limit":
             yield from self.sleep("reader")
             yield from self.give_up()
@@ -255,6 +276,36 @@ class Consumer(Role):
             return None
         return (yield from self.claim(w, claim))
 
+    def over(self) -> Steps:
+        """Whether the only message is done."""
+        head, _ = yield Load(("head", 0))
+        yield LoadBarrier()
+        claim = yield Load(("claim", 0, 0))
+        yield LoadBarrier()
+        return head == 1 and claim.state == DONE
+
+    def look_everywhere(self) -> Steps:
+        """Claim a message, as the C header does before it sleeps: also what a silent one has."""
+        head, _ = yield Load(("head", 0))
+        yield LoadBarrier()
+        while self.next[0] < head:
+            position = self.next[0]
+            self.next[0] += 1
+            claim = yield Load(("claim", 0, position % self.queue.slots))
+            yield LoadBarrier()
+            if claim.position == position and claim.state == OPENED:
+                found = yield from self.claim(0, claim)
+                if found is not None:
+                    return found
+        for i in range(self.queue.slots):
+            claim = yield Load(("claim", 0, i))
+            yield LoadBarrier()
+            if claim.position < head and (yield from self.free(claim)):
+                found = yield from self.claim(0, claim)
+                if found is not None:
+                    return found
+        return None
+
     def free(self, claim: Claim) -> Steps:
         """Whether a message waits, or who has it is silent or gone."""
         if claim.state in (OPENED, REDELIVER):
@@ -299,8 +350,11 @@ class Consumer(Role):
                     return
 
     def wake_another(self) -> Steps:
+        if self.queue.ordered and not (yield from self.some_sleep(self.queue.readers)):
+            return
         for r in range(self.queue.readers):
-            if f"r{r}" != self.name and (yield from self.wakes_living(f"r{r}")):
+            other = f"r{r}" != self.name or self.queue.ordered
+            if other and (yield from self.wakes_living(f"r{r}")):
                 return
 
     def let_begin(self) -> Steps:
@@ -360,7 +414,7 @@ class Consumer(Role):
                     return False
             if not self.closed[w] and (yield from self.gone(f"w{w}")):
                 return False
-        return True
+        return self.way != "heir" or not (yield from self.over())
 
 
 ROLES = (sys.modules[__name__],)

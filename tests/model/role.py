@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable
 from types import ModuleType
 from typing import Final
 
-from model.explorer import ALIVE, BACK, GONE, looks
+from model.explorer import ALIVE, BACK, GONE, SILENT, looks
 from model.operations import (
     FullFence,
     Load,
@@ -42,6 +42,7 @@ class Role:
         self.without = frozenset(without)
         self.counted = counted
         self.sleeps = 0
+        self.seen = ALIVE
         self.rung: dict[str, int] = {}  # the last sleep of each other that was rung
 
     def has(self, point: str) -> bool:
@@ -89,8 +90,11 @@ class Role:
         state, count = yield Load(sleeper(name))
         yield LoadBarrier()
         if state == "sleeps" and (self.counted == 1 or self.rung.get(name) != count):
+            self.seen = ALIVE
             if self.counted > 1:
-                if (yield from self.gone(name)):
+                self.seen = yield Load(looks(name))
+                yield LoadBarrier()
+                if self.seen == GONE:
                     return False
                 self.rung[name] = count
             yield Ring(name)
@@ -101,6 +105,8 @@ class Role:
         """Ring a process that sleeps. Whether it will come: if it dies later, that rings all."""
         if not (yield from self.wakes(name)):
             return False
+        if self.counted > 1:  # as it was before the ring
+            return self.seen != SILENT
         return not self.has("a ring to the dead does not count") or (yield from self.works(name))
 
     def works(self, name: str) -> Steps:

@@ -82,7 +82,9 @@ def of_queue(address: Any) -> Word:
     return of_messages(address)
 
 
-def _queue(*ways: str, messages: int, most: tuple[int, ...] = (), **how: Any) -> Followed:
+def _queue(
+    *ways: str, messages: int, most: tuple[int, ...] = (), walks: int = 0, **how: Any
+) -> Followed:
     queue = Queue(
         readers=len(ways),
         messages=messages,
@@ -93,13 +95,16 @@ def _queue(*ways: str, messages: int, most: tuple[int, ...] = (), **how: Any) ->
         ordered=True,
         **how,
     )
-    return Followed(queue.case, of_queue)
+    return Followed(queue.case, of_queue, walks)
 
 
 QUEUE: Mapping[str, Followed] = {
     "as-get": _queue("get", messages=3, most=(3,)),
     "as-take": _queue("take", messages=3, most=(3,)),
     "as-a-writer-dies": _queue("get", messages=2, most=(2,), mortal=frozenset({"w0"})),
+    "as-a-reader-comes-back": _queue(
+        "heir", "heir", messages=1, walks=300, silent=frozenset({"r0"})
+    ),
     "as-fail": _queue("fail", "second", messages=1),
 }
 VALUE: Mapping[str, Followed] = {
