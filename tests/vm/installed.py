@@ -224,9 +224,9 @@ class InstalledGuest:
             self._process = spawn(command, (far.fileno(),), output)
         self._exit.callback(self._kill)
 
-    def boot(self) -> None:
+    def boot(self, seconds: float = BOOT) -> None:
         """Wait until it is up; also after a reboot."""
-        assert self._answer(BOOT) == {"hello": 1}
+        assert self._answer(seconds) == {"hello": 1}
 
     def run(self, *command: str, stdin: str = "", user: str = "") -> Done:
         """Run a command to its end, as root or as another user."""

@@ -17,7 +17,7 @@ from ivshmem.cli import disk_image, main
 from ivshmem.qemu import cmdline
 
 from . import kit
-from .installed import InstalledGuest, make_disk, require
+from .installed import BOOT, InstalledGuest, make_disk, require
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3000)]
 
@@ -79,9 +79,9 @@ def started(
 
 def done(guest: InstalledGuest) -> None:
     """cloud-init has ended, and nothing failed of what it was told."""
-    said = ""
-    for _ in range(5):  # a command may take so long, and this one more
-        said = guest.run("timeout", "100", "cloud-init", "status", "--wait", "--long").output
+    for _ in range(12):  # a command may take so long, and this one more
+        guest.run("timeout", "100", "cloud-init", "status", "--wait")
+        said = guest.run("cloud-init", "status", "--long").output
         if "status: running" not in said:
             break
     log = guest.ok("cat", "/var/log/cloud-init-output.log")
@@ -109,7 +109,7 @@ def test_it_sets_a_guest_with_an_iommu_up(
     started: Callable[..., InstalledGuest], host: ivshmem.Client
 ) -> None:
     guest = started("--guest-user", "debian", "--iommu")
-    guest.boot()  # again, by itself
+    guest.boot(3 * BOOT)  # again, by itself, when it is set up
     done(guest)
     assert "intel_iommu=on" in guest.ok("cat", "/root/grub").split()
     assert guest.ok("systemctl", "is-active", "ivshmem-guest.service") == "active\n"
