@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -38,6 +39,13 @@ hypothesis.settings.register_profile("nightly", max_examples=400)  # the rest as
 for _name in [name for name in os.environ if name.startswith("PYTHON")]:
     if _name not in ("PYTHONMALLOC", "PYTHONPATH"):
         del os.environ[_name]
+
+# Nor do nohup(1) and a shell's `&` change what signals do: what a process ignores, its children
+# ignore. The tests themselves still outlive a hangup.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        _interrupts = _number == signal.SIGINT
+        signal.signal(_number, signal.default_int_handler if _interrupts else lambda *_: None)
 
 # What CI may skip: what this Python, or this QEMU, cannot do, and a picture. Every other skip hides
 # a failure there: no huge pages, no right to mount, no compiler.
