@@ -395,7 +395,7 @@ BY_NIGHT = [
 FOLLOWED = [
     ("schedules_messages", "as-block", 1.0),
     ("schedules_messages", "as-two-writers", 1.0),
-    ("schedules_queue", "as-get", 1.0),
+    pytest.param("schedules_queue", "as-get", 1.0, marks=pytest.mark.nightly),
     ("schedules_queue", "as-fail", 0.6),  # the C looks for what was given back once more
     ("schedules_value", "as-latest", 1.0),
     ("schedules_messages", "as-discard", 1.0),
@@ -438,6 +438,7 @@ def test_the_c_follows_each_schedule(build: Build, program: str, script: str) ->
     assert followed.is_exact(), followed.said
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("program", "script"), SEEN)
 def test_what_follows_shows_each_point_that_is_missing(
     build: Build, program: str, script: str

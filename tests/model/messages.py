@@ -421,8 +421,9 @@ class Reader(Role):
         return True
 
     def right(self, w: int, n: int, payload: tuple[Any, ...]) -> bool:
-        first: tuple[int, int, int] = payload[0]
-        return first[:2] == (w, n) and payload == (first,) * self.channel.parts
+        first: tuple[int, int, int] | None = payload[0]  # None: nothing was stored there yet
+        whole = payload == (first,) * self.channel.parts
+        return first is not None and first[:2] == (w, n) and whole
 
     def read_until(self, w: int) -> Steps:
         """Say how far this reader has read, and wake the writer if it waits for that."""

@@ -53,7 +53,7 @@ def fault_without(kind: str, point: str) -> str | None:
     return explore(setting.case(without=[point])).fault
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("kind", "point"), [each for each in POINTS if each not in LONG])
 def test_each_point_is_needed(kind: str, point: str) -> None:
     assert fault_without(kind, point)
