@@ -71,7 +71,9 @@ def test_socket_and_memory_are_volumes(image: str, tmp_path: Path) -> None:
             here = os.getcwd()
             os.chdir(run)  # a socket's path is short
             try:
-                with ivshmem.connect("socket", timeout=60) as a, ivshmem.connect("socket") as b:
+                # The socket is there a moment before the server listens.
+                first = ivshmem.connect("socket", timeout=60, wait_for_server=True)
+                with first as a, ivshmem.connect("socket") as b:
                     with memoryview(a.region) as view:
                         view[:5] = b"hello"
                     a.ring(b.id, 1)

@@ -71,12 +71,16 @@ def shared_pages() -> int:
 
 
 def names_in(directory: str | os.PathLike[str] = SHM) -> list[str]:
-    """Names in a directory, in order, less those that other processes with tests have made there.
+    """Names in a directory, in order, less those that other processes have made there.
 
-    Such a name has another process's number behind its first words, as OWN has this one's.
+    Such a name has another process's number behind its first words, as OWN has this one's. In
+    /dev/shm other programs make names, too.
     """
     others = re.compile(rf"\.?iv(?:shmem|t)\b[a-z-]*-(?!{os.getpid()}\b)\d+")
-    return sorted(name for name in os.listdir(directory) if not others.match(name))
+    names = sorted(name for name in os.listdir(directory) if not others.match(name))
+    if Path(directory) == SHM:
+        names = [name for name in names if re.match(r"\.?iv(?:shmem|t)\b", name)]
+    return names
 
 
 def _names() -> Counter[str]:
