@@ -146,9 +146,9 @@ def measure(connection: Any, size: int, trips: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def forwards() -> Iterator[None]:
-    """This side of two forwards."""
-    words = [sys.executable, "-m", "ivshmem", "forward", "--guest"]
+def forwards(before: list[str]) -> Iterator[None]:
+    """This side of two forwards, in one process. `before`: what starts its command."""
+    words = [*before, sys.executable, "-m", "ivshmem", "forward", "--guest"]
     for number, name in enumerate(("plain", "iperf3")):
         words += [name, "--listen", f"tcp:127.0.0.1:{LOCAL + number}"]
     with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
@@ -191,13 +191,16 @@ def main() -> None:
         order = json.loads(line)
         way, port, other = order["way"], order["port"], order["iperf3"]
         found: dict[str, float] = {}
-        with forwards() if way == "forward" else contextlib.nullcontext():
+        before = order["before"]  # None: this way has no forward
+        with contextlib.nullcontext() if before is None else forwards(before):
             with opened(way, port) as connection:
                 found |= measure(connection, order["size"], order["trips"])
-            if way in ("loopback", "forward", "net"):
-                where = {"loopback": ("127.0.0.1", 5201), "forward": ("127.0.0.1", LOCAL + 1)}
-                found["iperf3"] = iperf3(*where.get(way, (HOST, other)))
-                found["iperf3 down"] = iperf3(*where.get(way, (HOST, other)), "-R")
+            if way not in ("serial", "channel"):
+                where = (HOST, other) if way == "net" else ("127.0.0.1", 5201)
+                if before is not None:
+                    where = "127.0.0.1", LOCAL + 1
+                found["iperf3"] = iperf3(*where)
+                found["iperf3 down"] = iperf3(*where, "-R")
         print("FOUND", json.dumps(found), flush=True)
     server.kill()
 

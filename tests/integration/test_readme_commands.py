@@ -241,7 +241,7 @@ def test_each_command_runs(page: Path, directory: Path) -> None:
                 continue
             if re.match(SERVES, line):
                 here.serve(line)
-            elif line.startswith("ivshmem forward"):
+            elif re.match(r"(nice .+)?ivshmem forward", line):
                 here.forward(line)
             else:
                 here.run(line)
