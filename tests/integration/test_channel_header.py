@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import shared
 from support.compiling import PROGRAMS, WARNINGS, needs
 
 from ivshmem import Directory, Region, channel
@@ -36,17 +37,18 @@ Build = Callable[..., Path]
 @pytest.fixture(scope="module", params=["-O0", pytest.param("-O2", marks=pytest.mark.nightly)])
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Compiles a program of tests/channel against the installed header."""
-    folder = tmp_path_factory.mktemp("channel")
+    folder = shared.folder(tmp_path_factory, "channel")
     compiler = needs("cc")
 
     def built(name: str, *options: str) -> Path:
-        program = folder / "-".join([name, *(re.sub(r"\W", "", option) for option in options)])
-        if not program.exists():
-            source = str(PROGRAMS / f"{name}.c")
-            include = f"-I{channel.get_include()}"
-            command = [compiler, "-std=gnu11", request.param, "-g", *WARNINGS, include, *options]
-            subprocess.run([*command, "-pthread", source, "-o", str(program)], check=True)
-        return program
+        source = str(PROGRAMS / f"{name}.c")
+        include = f"-I{channel.get_include()}"
+        command = [compiler, "-std=gnu11", request.param, "-g", *WARNINGS, include, *options]
+        words = [name, request.param, *options]
+        return shared.made_once(
+            folder / "-".join(re.sub(r"\W", "", word) for word in words),
+            lambda made: subprocess.run([*command, "-pthread", source, "-o", made], check=True),
+        )
 
     return built
 

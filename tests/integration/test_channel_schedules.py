@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 from model import schedules
-from support import header_points
+from support import header_points, shared
 
 from ivshmem import channel
 
@@ -280,16 +280,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     if shutil.which("cc") is None:
         pytest.skip("no cc: apt-get install gcc")
     folder = tmp_path_factory.mktemp("schedules")
+    programs = shared.folder(tmp_path_factory, "schedules")
     points = header_points.write_copy(Path(channel.get_include()), folder)
 
     def built(name: str, optimized: str = "-O0") -> Program:  # which by day costs less in all
-        path = folder / f"{name}{optimized}"
-        if not path.exists():
-            source = str(PROGRAMS / f"{name}.c")
-            # The macro of copies, which may leave by setcontext, confuses that one warning.
-            warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
-            options = ["-std=gnu11", optimized, *warnings, f"-I{folder}"]
-            subprocess.run(["cc", *options, source, "-o", str(path)], check=True)
+        # The macro of copies, which may leave by setcontext, confuses that one warning.
+        warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+        options = ["-std=gnu11", optimized, *warnings, f"-I{folder}"]
+        command = ["cc", *options, str(PROGRAMS / f"{name}.c"), "-o"]
+        path = shared.made_once(
+            programs / f"{name}{optimized}",
+            lambda made: subprocess.run([*command, made], check=True),
+        )
         return Program(path, points)
 
     return built

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import shared
 from support.waiting import Background, interrupt_when_asleep
 
 import ivshmem
@@ -93,23 +94,18 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler: apt-get install gcc")
-    folder = tmp_path_factory.mktemp("embedding")
-    (folder / "embedded.pyx").write_text(SOURCE)
-    subprocess.run([sys.executable, "-m", "cython", "-3", "embedded.pyx"], cwd=folder, check=True)
-    library = folder / f"embedded{sysconfig.get_config_var('EXT_SUFFIX')}"
-    include = sysconfig.get_paths()["include"]
-    command = [
-        compiler,
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-w",
-        f"-I{include}",
-        "embedded.c",
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, cwd=folder, check=True)
+    name = f"embedded{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "embedded.pyx").write_text(SOURCE)
+        cython = [sys.executable, "-m", "cython", "-3", "embedded.pyx"]
+        subprocess.run(cython, cwd=folder, check=True)
+        include = f"-I{sysconfig.get_paths()['include']}"
+        options = ["-O1", "-shared", "-fPIC", "-w", include, "embedded.c", "-o", name]
+        subprocess.run([compiler, *options], cwd=folder, check=True)
+
+    library = shared.made_once(shared.folder(tmp_path_factory, "embedding") / "all", make) / name
     spec = importlib.util.spec_from_file_location("embedded", library)
     assert spec is not None
     assert spec.loader is not None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import shared
 
 import ivshmem
 from ivshmem.cli import disk_image as iso
@@ -44,15 +45,18 @@ def ran(
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle in each form, as the command writes them."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for form in bundle.FORMS:
-        command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", f"ivshmem.{form}"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False, cwd=folder
-        )
-        assert done.returncode == 0, done
-        assert done.stdout.startswith(f"wrote ivshmem.{form}: ")
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for form in bundle.FORMS:
+            command = [sys.executable, "-m", "ivshmem", "guest", "bundle", "-o", f"ivshmem.{form}"]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=False, cwd=folder
+            )
+            assert done.returncode == 0, done
+            assert done.stdout.startswith(f"wrote ivshmem.{form}: ")
+
+    return shared.made_once(shared.folder(tmp_path_factory, "bundles") / "all", make)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.config_files import WRONG, A
 
@@ -241,6 +241,7 @@ def written(config: ServiceConfig) -> str:
     return "\n".join(lines)
 
 
+@settings(max_examples=settings().max_examples // 3)  # each is slow to make
 @given(configs)
 def test_from_a_file(file: Path, config: ServiceConfig) -> None:
     assume(not conflicts(config) and not any(map(problems, config.regions.values())))
