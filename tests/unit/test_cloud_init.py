@@ -27,12 +27,15 @@ def printed(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, dic
 
 
 def test_it_mounts_the_image_and_sets_up(capsys: pytest.CaptureFixture[str]) -> None:
-    text, data = printed(capsys, "--guest-user", "debian", "--guest-user", "bob")
+    text, data = printed(
+        capsys, "--guest-user", "debian", "--guest-user", "bob", "--guest-peers", "0,2,5-7"
+    )
     assert set(data) == {"runcmd"}
     words = [shlex.split(line) for line in data["runcmd"]]
     assert words[1] == ["mount", "-o", "ro", f"LABEL={guest_bundle.LABEL}", words[0][-1]]
     assert words[2][1] == f"{words[0][-1]}/{guest_bundle.PROGRAM}"
-    assert words[2][2:] == ["guest", "setup", "--yes", "--user", "debian", "--user", "bob"]
+    given = "--user debian --user bob --peers 0,2,5-7"
+    assert words[2][2:] == ["guest", "setup", "--yes", *given.split()]
     # The command parses these words; and QEMU's words are those that `guest bundle` prints.
     main._parser(["guest"]).parse_args(words[2][2:])
     assert "-drive file=ivshmem.iso,if=virtio,readonly=on,format=raw" in text
@@ -56,7 +59,10 @@ def test_an_iommu_takes_a_reboot(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "reason"),
     [
         (["--guest-user", "x"], "--guest-user needs --cloud-init"),
+        (["--guest-peers", "0"], "--guest-peers needs --cloud-init"),
         (["--cloud-init", "--guest-user", "a\n  - rm"], "not a name for a user or group"),
+        (["--cloud-init", "--guest-peers", "0,\n- rm"], "is neither an id nor a range"),
+        (["--cloud-init", "--guest-peers", ""], "is neither an id nor a range"),
     ],
 )
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], words: list[str], reason: str) -> None:

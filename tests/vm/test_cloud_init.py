@@ -108,14 +108,14 @@ def test_it_sets_a_guest_up(started: Callable[..., InstalledGuest], host: ivshme
 def test_it_sets_a_guest_with_an_iommu_up(
     started: Callable[..., InstalledGuest], host: ivshmem.Client
 ) -> None:
-    guest = started("--guest-user", "debian", "--iommu")
+    guest = started("--guest-user", "debian", "--iommu", "--guest-peers", "0")
     guest.boot(3 * BOOT)  # again, by itself, when it is set up
     done(guest)
     assert "intel_iommu=on" in guest.ok("cat", "/root/grub").split()
     assert guest.ok("systemctl", "is-active", "ivshmem-guest.service") == "active\n"
-    # The service answers the user. It knows no peers, as the user data names none: the user rings
-    # by the device itself.
-    guest.ok("ivshmem", "connect", user="debian", stdin="quit\n")
+    # The service answers the user, and knows the peer that the user data names.
+    said = guest.ok("ivshmem", "connect", user="debian", stdin="ring 0 1\nquit\n")
+    assert host.wait(1, 60) == 1, said
     guest.ok("systemctl", "stop", "ivshmem-guest.socket", "ivshmem-guest.service")
     assert "rang 1 doorbell" in guest.ok("ivshmem", "guest", "ring", "0", "1", user="debian")
     assert host.wait(1, 60) == 1

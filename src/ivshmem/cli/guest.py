@@ -17,7 +17,7 @@ from ..memory.sizes import format_size, parse_size
 from ..protocol.limits import MAX_ID
 from ..text import counted, plain
 from . import signals, terminal
-from .arguments import socket_path
+from .arguments import checked, socket_path
 from .shell import Shell
 from .tables import table
 
@@ -216,20 +216,26 @@ _ARGUMENTS = {
 _ALIASES = {"hexdump": ("dump",)}
 
 
-def _ids(text: str) -> list[int]:
-    """Ids and ranges of ids from the command line."""
+def ids(text: str) -> list[int]:
+    """Return what ids and ranges of ids stand for.
+
+    Raises:
+        ValueError: the text has other things.
+    """
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is neither an id nor a range (for example 5-7)"
-            )
+            raise ValueError(f"{part!r} is neither an id nor a range (for example 5-7)")
         if int(last) > MAX_ID:
-            raise argparse.ArgumentTypeError(f"not an id: {last} (allowed are 0 to {MAX_ID})")
+            raise ValueError(f"not an id: {last} (allowed are 0 to {MAX_ID})")
         found += range(int(first), int(last) + 1)
     return found
+
+
+def _ids(text: str) -> list[int]:
+    return checked(ids, text)
 
 
 def _ids_as_text(text: str) -> str:

@@ -116,6 +116,12 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="append",
         help="with --cloud-init: user in the guest who may use the device; may be repeated",
     )
+    parser.add_argument(
+        "--guest-peers",
+        metavar="IDS",
+        help="with --cloud-init: ids of peers that clients of the guest's `guest serve` can ring,"
+        " for example 0,2,5-7",
+    )
     parser.set_defaults(run=run)
 
 
@@ -140,8 +146,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--region needs --config FILE")
     if options.chardev and options.device is None:
         raise ValueError("-chardev needs -device ivshmem,...")
-    if options.guest_user and not options.cloud_init:
-        raise ValueError("--guest-user needs --cloud-init")
+    for option in ("guest_user", "guest_peers"):
+        if getattr(options, option) and not options.cloud_init:
+            raise ValueError(f"--{option.replace('_', '-')} needs --cloud-init")
     if options.cloud_init:
         return _cloud_init(options)
     if options.device is not None:
@@ -172,9 +179,13 @@ def _cloud_init(options: argparse.Namespace) -> int:
     # Here: the other forms need nothing of a guest.
     from ..guest.setup_files import check_name
     from . import cloud_init
+    from .guest import ids
 
     users = map(check_name, options.guest_user or ())
     words = [word for user in users for word in ("--user", user)]
+    if options.guest_peers is not None:
+        ids(options.guest_peers)
+        words += ["--peers", options.guest_peers]
     print(cloud_init.user_data(words, iommu=options.iommu), end="")
     return 0
 
