@@ -53,7 +53,11 @@ def test_ls(socket_path: str, channels: Channels) -> None:
 def test_ls_of_nothing(socket_path: str, channels: Channels) -> None:
     done = commands.run("channel", "ls", "-S", socket_path)
     assert (done.returncode, done.stdout) == (0, "")
-    assert "no channels yet" in done.stderr
+    said = re.search("no channels yet: .*`ivshmem channel (put) NAME (.*)`", done.stderr)
+    assert said is not None
+    # What it tells to type makes a channel.
+    run(socket_path, said[1], "log", "hello", *said[2].split())
+    assert run(socket_path, "cat", "log", "--history", "1", "-n", "1").strip() == "hello"
 
 
 def test_info(socket_path: str, channels: Channels) -> None:

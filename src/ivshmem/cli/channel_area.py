@@ -51,7 +51,10 @@ def _ls(options: argparse.Namespace) -> int:
     elif found:
         print(*channel_text.listing(found), sep="\n")
     else:
-        print("ivshmem: no channels yet: a program, or `put --create`, makes one", file=sys.stderr)
+        note = (
+            "no channels yet: a program makes one, or `ivshmem channel put NAME --create messages"
+        )
+        print(f"ivshmem: {note} --limit 1K`", file=sys.stderr)
     return 0
 
 
