@@ -367,7 +367,7 @@ def test_a_server_in_another_process_tree(socket_path: str) -> None:
 
 
 def test_a_descriptor_that_becomes_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that has it may be anybody's: what is opened is looked at, and nobody waits."""
+    """Another user's process may hold it: `top` checks the file that it opened, and never waits."""
     with Region.create(1 << 20) as region, tempfile.TemporaryDirectory() as folder:
         found = os.fstat(region.fileno())
         fifo = f"{folder}/fifo"

@@ -240,7 +240,7 @@ class Requester(Side):
         yield from self.wake_end("acceptor")
 
     def awaits(self) -> Steps:
-        """Look at the other end. Whether there is no room yet."""
+        """Look at the other end; return whether this caller must wait for room."""
         acceptor = yield Load("acceptor")
         yield LoadBarrier()
         if acceptor.epoch == self.epoch:

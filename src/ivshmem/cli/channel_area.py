@@ -51,10 +51,8 @@ def _ls(options: argparse.Namespace) -> int:
     elif found:
         print(*channel_text.listing(found), sep="\n")
     else:
-        note = (
-            "no channels yet: a program makes one, or `ivshmem channel put NAME --create messages"
-        )
-        print(f"ivshmem: {note} --limit 1K`", file=sys.stderr)
+        put = "ivshmem channel put NAME --create messages --limit 1K"
+        print(f"ivshmem: no channels yet: a program makes one, or `{put}`", file=sys.stderr)
     return 0
 
 
