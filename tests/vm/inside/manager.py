@@ -40,7 +40,8 @@ def install(units: Path) -> None:
     version = importlib.metadata.version("ivshmem")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ivshmem\nVersion: {version}\n")
     python = _PYTHON / Path(sys.executable).resolve().relative_to(sys.base_prefix)
-    command = Path("/usr/bin/ivshmem")
+    # The first place where systemd looks: the machine may have another one in a later place.
+    command = Path("/usr/local/sbin/ivshmem")
     command.write_text(
         f"#!{python}\nimport sys\nsys.path.insert(0, '{_SITE}')\n"
         "from ivshmem.cli.main import main\nsys.exit(main())\n"
