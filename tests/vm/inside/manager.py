@@ -40,8 +40,10 @@ def install(units: Path) -> None:
     version = importlib.metadata.version("ivshmem")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ivshmem\nVersion: {version}\n")
     python = _PYTHON / Path(sys.executable).resolve().relative_to(sys.base_prefix)
-    # The first place where systemd looks: the machine may have another one in a later place.
-    command = Path("/usr/local/sbin/ivshmem")
+    # The machine may have another one where systemd looks first: this guest does without it.
+    for folder in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin"):
+        Path(folder, "ivshmem").unlink(missing_ok=True)
+    command = Path("/usr/bin/ivshmem")
     command.write_text(
         f"#!{python}\nimport sys\nsys.path.insert(0, '{_SITE}')\n"
         "from ivshmem.cli.main import main\nsys.exit(main())\n"
