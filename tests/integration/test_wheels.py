@@ -6,6 +6,7 @@ a GIL. Wheels for aarch64 run under qemu-user, on Debian's Python for arm64.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import venv
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import arm64, debian, unpacked, wheels
+from support.pages import blocks
 
 import ivshmem
 
@@ -97,6 +99,29 @@ def test_pip_installs_it(tmp_path: Path) -> None:
     shown = subprocess.check_output([tmp_path / "bin/ivshmem", "--version"], text=True, timeout=60)
     assert shown == f"ivshmem {ivshmem.__version__}\n"
     assert (tmp_path / "share/man/man1/ivshmem.1").read_text().startswith(".TH IVSHMEM")
+
+
+def test_pyroma_lacks_only_what_a_publisher_has(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(wheels.HOME / name, tree)
+    shutil.copytree(wheels.HOME / "src", tree / "src")
+
+    def rating() -> str:
+        command = [wheels.HOME / "build/wheel-tools/bin/pyroma", "--min", "10", tree]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == (0 if "10/10" in done.stdout else 2), done.stderr
+        return done.stdout
+
+    assert "Final rating: 8/10" in rating()
+    (block,) = blocks(wheels.HOME / "docs/howto/install.md", "toml")
+    authors, urls = block.removeprefix("[project]\n").split("\n\n")
+    project = tree / "pyproject.toml"
+    text, count = re.subn(r"^authors = .*$", authors, project.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    project.write_text(f"{text}\n{urls}".replace("ADDRESS", "authors@host.example"))
+    assert "Final rating: 10/10" in rating()
 
 
 @pytest.fixture(scope="module")
