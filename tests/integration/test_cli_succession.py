@@ -17,7 +17,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.faults import Faults
@@ -27,7 +29,7 @@ from support.waiting import PATIENCE, Background, until
 from ivshmem.errors import HandoverError
 from ivshmem.lasting import handover
 from ivshmem.lasting.journal import Journal
-from ivshmem.service import snapshots
+from ivshmem.service import snapshots, succession
 
 VECTORS = 2
 
@@ -561,4 +563,20 @@ def test_the_file_is_wrong_when_the_parent_is_killed(
     assert any(
         line["text"].startswith(f"the configuration is not applied, all stays as it was: {file}")
         for line in lines
+    )
+
+
+def test_a_parent_that_cannot_be_watched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For want of descriptors: the service goes on, and the log says what it lacks."""
+    kept: Any = SimpleNamespace(parent=os.getppid(), fd=-1)
+    refused = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=refused))
+    service = Mock()
+    with succession.replacing(kept, service):
+        pass
+    assert service.mock_calls == []
+    assert f"Too many open files: no process takes the place of the parent (pid {kept.parent})" in (
+        caplog.text
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support import commands
@@ -29,6 +30,7 @@ import ivshmem
 from ivshmem import control
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
 from ivshmem.control import ControlError
+from ivshmem.memory import left_places
 from ivshmem.migration import Step
 from ivshmem.migration.servers import free_places
 from ivshmem.service import control as service_control
@@ -465,6 +467,21 @@ class TestCodes:
             with pytest.raises(control.ControlError) as refused:
                 controlled.ask("reload")
             assert refused.value.code == code
+
+    def test_a_fault_is_logged(
+        self,
+        controlled: Controlled,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Whatever it raises: only a reload is refused for a configuration."""
+        for error in (ivshmem.RegionError("x"), ivshmem.ClosedError("x"), ZeroDivisionError("x")):
+            monkeypatch.setattr(left_places, "free_places", Mock(side_effect=error))
+            caplog.clear()
+            with pytest.raises(control.ControlError, match="has an error, and logged it") as said:
+                controlled.ask("free-places")
+            assert said.value.code == "internal"
+            assert type(error).__name__ in caplog.text
 
     def test_another_user(self, unstarted: Controlled) -> None:
         controlled = unstarted.begin(uids=frozenset({NOBODY}))

@@ -27,6 +27,7 @@ from support.waiting import PATIENCE, until
 from ivshmem import control
 from ivshmem.service import control as service_control
 from ivshmem.service import control_client, path_watch
+from ivshmem.system import listener as listener_module
 from ivshmem.system import sockets
 from ivshmem.system.listener import Listener
 
@@ -218,6 +219,29 @@ class TestLeftAlone:
             watched.__exit__(None, None, None)
             assert os.lstat(socket_path) == mine
         os.unlink(socket_path)
+
+    def test_a_group_that_is_no_more(
+        self, socket_path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Somebody deleted it, or the directory service that knew it is down: it is told, once."""
+
+        def unknown(name: object) -> int:
+            raise ValueError(f"no group {name!r}")
+
+        with Watched(socket_path, group=os.getegid()) as watched, RawPeer(socket_path) as before:
+            before.set_up(VECTORS)
+            with watched.paths.lock:
+                monkeypatch.setattr(listener_module, "group_id", unknown)
+                os.unlink(socket_path)
+            until(lambda: "it cannot be bound again: no group" in caplog.text)
+            looks = watched.paths.looks
+            until(lambda: watched.paths.looks > looks + 2)
+            assert caplog.text.count("no client can connect") == 1
+            assert status(socket_path)["unreachable"] == "is gone"
+            monkeypatch.undo()
+            with newcomer(socket_path) as after:
+                after.set_up(VECTORS)
+                assert before.drain() > 0
 
     def test_one_that_a_service_manager_bound(self, socket_path: str) -> None:
         with socket.socket(socket.AF_UNIX) as sock:

@@ -159,6 +159,23 @@ def test_a_process_that_maps_the_file_sees_the_memory(region: Region, file: Path
 
 
 @pytest.mark.usefixtures("commands")
+def test_a_path_of_bytes(region: Region, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path / "raw")
+    info = ivshmem.save(region, path, raw=True)
+    assert ivshmem.check_image(path, raw=True) == info
+    assert ivshmem.load(region, path, raw=True) == info
+
+
+def test_an_error_names_its_file(region: Region, tmp_path: Path) -> None:
+    for taken in ("raw", f"raw{SUFFIX}"):
+        (tmp_path / taken).mkdir()
+        with pytest.raises(OSError, match="irectory") as caught:
+            ivshmem.save(region, tmp_path / "raw", raw=True)
+        assert caught.value.filename == str(tmp_path / taken)
+        (tmp_path / taken).rmdir()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_line(region: Region, tmp_path: Path, shm_name: str) -> None:
     run = commands.run
     file = str(tmp_path / "raw")

@@ -378,6 +378,46 @@ def test_permissions_that_cannot_be_given(make: Make, monkeypatch: pytest.Monkey
         assert list(runs.service.regions) == ["a", "b"]
 
 
+def test_a_connection_that_was_accepted_and_not_noted(make: Make) -> None:
+    """It joins the region whose socket it came by, also one with an abstract address."""
+    config = make("a")
+    address = f"@ivshmem-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as client:
+        sock.bind(address.replace("@", "\0", 1))
+        sock.listen()
+        inherited = Listener.adopt(os.dup(sock.fileno()))
+        configs = ServiceConfig({"a": config, "b": config._replace(socket=address)})
+        with Service(configs, listeners={address: inherited}) as service:
+            service.open()
+            client.connect(address.replace("@", "\0", 1))
+            service.take_stray(inherited.socket.accept()[0].detach())
+            assert len(service.regions["b"].server.peers) == 1
+            assert service.regions["a"].server.peers == []
+
+
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [(Path.touch, "the socket is not there any more"), (lambda _: None, "No such file")],
+    ids=["another", "gone"],
+)
+def test_permissions_of_a_path_that_leads_elsewhere(
+    make: Make, replace: Callable[[Path], None], reason: str
+) -> None:
+    """What stands there now is somebody else's; and the error is the configuration's."""
+    a = make("a", mode=0o600)
+    path = Path(a.socket)
+    with running(ServiceConfig({"a": a})) as runs, undisturbed(a):
+        path.rename(f"{path}.moved")
+        replace(path)
+        before = path.lstat() if path.exists() else None
+        with pytest.raises(ConfigError, match=rf"region\.a: {path}: {reason}"):
+            runs.change(ServiceConfig({"a": a._replace(mode=0o666)}, source="FILE"))
+        assert (path.lstat() if path.exists() else None) == before
+        assert runs.service.regions["a"].config == a
+        os.rename(f"{path}.moved", path)
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_who_may_connect_is_changed_in_place(make: Make) -> None:
     a = make("a", mode=0o600)
     closed = a._replace(deny=("all",), mode=0o660, keep=True)

@@ -22,8 +22,8 @@ from ivshmem.errors import AlreadyMigrated, QmpError, StepFailed, WrongAnswer
 from ivshmem.migration import MigrationRefused, Options, Step, Vm
 from ivshmem.migration.monitors import Monitors
 from ivshmem.migration.transfer import Mover
-from ivshmem.qemu.answers import Answer
 from ivshmem.qemu.monitor import Monitor
+from ivshmem.system.answers import Answer
 
 
 class Pair:

@@ -125,6 +125,26 @@ def test_what_a_hostile_peer_does(
     until(lambda: hostile.take_messages() >= 0 and client.id not in hostile.doorbells)
 
 
+def test_a_hostile_peer_never_waits(
+    ivshmem_server: ivshmem.Server, ivshmem_hostile_peer: testing.HostilePeer
+) -> None:
+    """Whoever cleared O_NONBLOCK, of which all have one: a full counter must not hold up a test."""
+    hostile = ivshmem_hostile_peer
+    with ivshmem.connect(ivshmem_server.path, timeout=PATIENCE) as client:
+        hostile.take_messages()
+
+        def attack() -> None:
+            for act in (hostile.fill_counters, hostile.ring, hostile.steal_rings):
+                hostile.clear_nonblock()
+                act([client.id])
+
+        hostile.fill_counters([client.id])
+        thread = threading.Thread(target=attack, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 def test_rubbish_for_a_server(ivshmem_servers: Callable[..., ivshmem.Server]) -> None:
     server = ivshmem_servers(vectors=0)
     with testing.HostilePeer(server.path, vectors=0) as hostile:

@@ -109,7 +109,8 @@ def test_pyroma_lacks_only_what_a_publisher_has(tmp_path: Path) -> None:
     shutil.copytree(wheels.HOME / "src", tree / "src")
 
     def rating() -> str:
-        command = [wheels.HOME / "build/wheel-tools/bin/pyroma", "--min", "10", tree]
+        pyroma = wheels.HOME / "build/wheel-tools/bin/pyroma"
+        command = [str(pyroma), "--min", "10", str(tree)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == (0 if "10/10" in done.stdout else 2), done.stderr
         return done.stdout

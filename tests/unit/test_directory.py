@@ -242,6 +242,14 @@ class TestMaking:
         with pytest.raises(ValueError, match="too short"):
             Directory.create(region, beat=1, lease=2)
 
+    def test_a_lease_that_no_clock_reaches(self, region: Region) -> None:
+        for lease in (86401, 1e11, float("inf")):
+            with pytest.raises(ValueError, match="86400 s or less"):
+                Directory.create(region, beat=1, lease=lease)
+        with Directory.create(region, beat=43199, lease=86400) as table:
+            table.publish("a", id=0)
+            assert table.lookup("a").name == "a"
+
 
 class TestNames:
     def test_publish_find_withdraw(self, region: Region) -> None:

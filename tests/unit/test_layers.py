@@ -69,7 +69,8 @@ def parsed(path: Path) -> ast.Module:
 
 
 def sources() -> list[Path]:
-    return sorted([*HOME.rglob("*.py"), *HOME.rglob("*.pyx")])
+    alone = [path for path in HOME.rglob("*.pxd") if not path.with_suffix(".pyx").exists()]
+    return sorted([*HOME.rglob("*.py"), *HOME.rglob("*.pyx"), *alone])
 
 
 def module_of(path: Path) -> list[str]:
@@ -108,29 +109,42 @@ def imports(path: Path) -> list[Import]:
 
     What only type checkers read (TYPE_CHECKING) counts, too: to name a type is to know it.
     """
-    if path.suffix == ".pyx":
-        package = list(path.relative_to(HOME).parent.parts)
-        found = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if statement := re.match(r"\s*from (\.+)([\w.]*) c?import ", line):
-                base = package[: len(package) - len(statement[1]) + 1]
-                name = ".".join([*base, *filter(None, statement[2].split("."))])
-                found.append(Import(name, number, later=False))
-        return found
-    return list(_imports(path, parsed(path), later=False))
+    if path.suffix == ".py":
+        return list(_imports(path, parsed(path), later=False))
+    parts = {path, path.with_suffix(".pxd")}  # what is declared, and what is defined
+    return [
+        each
+        for part in sorted(parts)
+        if part.exists()
+        for tree, line in cython_imports(part.read_text())
+        for each in _imports(part, tree, later=False, line=line)
+    ]
 
 
-def _imports(path: Path, tree: ast.AST, *, later: bool) -> Iterator[Import]:
+_CYTHON_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+[.\w]+[ \t]+)?c?import[ \t]+(?:\([^)]*\)|(?:[^\n(\\]|\\\n)+)",
+    re.MULTILINE,
+)
+
+
+def cython_imports(source: str) -> Iterator[tuple[ast.Module, int]]:
+    """The imports of a Cython file, as Python has them, each with its line."""
+    for found in _CYTHON_IMPORT.finditer(source):
+        text = re.sub(r"\bcimport\b", "import", found[0].strip())
+        yield ast.parse(text), source.count("\n", 0, found.start()) + 1
+
+
+def _imports(path: Path, tree: ast.AST, *, later: bool, line: int = 1) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom):
             for name in reached(path, node):
-                yield Import(name, node.lineno, later)
+                yield Import(name, line + node.lineno - 1, later)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "ivshmem":
-                    yield Import(alias.name.partition(".")[2], node.lineno, later)
+                    yield Import(alias.name.partition(".")[2], line + node.lineno - 1, later)
         inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from _imports(path, node, later=later or inner)
+        yield from _imports(path, node, later=later or inner, line=line)
 
 
 def test_imports_go_down() -> None:
@@ -144,7 +158,9 @@ def test_imports_go_down() -> None:
         for name, line, _ in imports(path):
             where = f"{path.relative_to(HOME)}:{line}"
             other = name.partition(".")[0]
-            if not name and not lines[line - 1].endswith("import __version__"):
+            if (path.suffix, name) == (".py", "") and not lines[line - 1].endswith(
+                "import __version__"
+            ):
                 wrong.append(f"{where} imports the package itself")
             elif name and other not in {room, *ROOMS[room].split()}:
                 wrong.append(f"{where}: {room} may not import {other}")
@@ -152,6 +168,11 @@ def test_imports_go_down() -> None:
 
 
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:)\S*(\s|$)")
+
+
+def _is_reason(line: str) -> bool:
+    _, mark, comment = line.partition("#")
+    return bool(mark) and not _DIRECTIVE.match(f"#{comment}")
 
 
 def without_reason(source: str) -> Iterator[str]:
@@ -162,17 +183,13 @@ def without_reason(source: str) -> Iterator[str]:
     lines = source.splitlines()
     explained: set[int] = set()  # the lines after those that are
 
-    def is_comment(number: int) -> bool:
-        _, mark, comment = lines[number - 1].partition("#")
-        return bool(mark) and not _DIRECTIVE.match(f"#{comment}")
-
     for node in inner_imports(ast.parse(source)):
         last = node.end_lineno or node.lineno
         above = node.lineno - 1
         if (
             above in explained
-            or lines[above - 1].lstrip().startswith("#")
-            or any(is_comment(number) for number in range(node.lineno, last + 1))
+            or (lines[above - 1].lstrip().startswith("#") and _is_reason(lines[above - 1]))
+            or any(map(_is_reason, lines[node.lineno - 1 : last]))
         ):
             explained.add(last)
         else:
@@ -193,6 +210,13 @@ def test_an_import_in_a_function_has_a_reason() -> None:
         for path in sorted(HOME.rglob("*.py"))
         for statement in without_reason(path.read_text())
     }
+    for path in sorted(HOME.rglob("*.pyx")):
+        lines = path.read_text().splitlines()
+        for _, number in cython_imports(path.read_text()):
+            if lines[number - 1].startswith(" ") and not any(
+                _is_reason(line) for line in lines[number - 2 : number]
+            ):
+                found.add(f"{path.relative_to(HOME)}: {lines[number - 1].strip()}")
     assert not found, "say why on the line, or above: see CONTRIBUTING.md"
 
 
@@ -202,6 +226,7 @@ def test_the_reader_of_reasons_can_fail() -> None:
 
     assert read("import json") == ["import json"]
     assert read("import json  # noqa: F401") == ["import json"]
+    assert read("# noqa: F401", "import json") == ["import json"]
     assert read("import json  # here: few need it") == []
     assert read("# Here: few need these.", "import json", "import zlib") == []
     assert read("import json  # here: few need it", "x = 1", "import zlib") == ["import zlib"]
@@ -270,6 +295,35 @@ def test_the_table_itself_can_fail() -> None:
     found = list(_imports(path, ast.parse(tree + "import ivshmem.g\n"), later=False))
     assert [each.module for each in found if each.later] == ["cli.doctor", ""]
     assert found[-1].module == "g"
+
+
+def test_imports_in_cython_are_read() -> None:
+    source = """
+from libc.stdint cimport uint64_t
+from . import streams, nothing  # why
+from ..native.wire cimport (
+    one,
+    two,
+)
+def f():
+    from ivshmem.cli import \\
+        doctor
+    cimport ivshmem.native.bell
+"""
+    path = HOME / "channel/calls.pyx"
+    found = [
+        (each.module, each.line)
+        for tree, line in cython_imports(source)
+        for each in _imports(path, tree, later=False, line=line)
+    ]
+    assert found == [
+        ("channel.streams", 3),
+        ("channel", 3),
+        ("native.wire", 4),
+        ("native.wire", 4),
+        ("cli.doctor", 9),
+        ("native.bell", 11),
+    ]
 
 
 def test_protocol_knows_no_io() -> None:
@@ -352,7 +406,7 @@ def test_a_class_name_means_one_thing() -> None:
     """A private class's name counts without its underscore."""
     homes: dict[str, list[str]] = {}
     for path in sources():
-        if path.suffix == ".pyx":
+        if path.suffix != ".py":
             names = re.findall(r"^(?:cdef )?class (\w+)", path.read_text(), re.MULTILINE)
         else:
             names = named_types(parsed(path))

@@ -285,7 +285,7 @@ def test_a_store_is_given_up(
                 assert select.select([store], [], [], 10)[0]
                 store.step()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "a restart cuts all peers off" in caplog.text
+    assert "a restart ends all connections" in caplog.text
     while select.select([manager], [], [], 0)[0]:
         _, fds, _, _ = socket.recv_fds(manager, 100, 10)
         for fd in fds:

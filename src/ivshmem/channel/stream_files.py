@@ -6,18 +6,22 @@ Knows: io's layers. Does not know: how a connection works.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..system.uncopied import Uncopied
 
-if TYPE_CHECKING:
-    from .streams import Stream
+
+class ByteConnection(Protocol):
+    """What a file needs of a stream; both raise BlockingIOError as a socket does."""
+
+    def recv_into(self, buffer: Any, /) -> int: ...
+    def send(self, data: Any, /) -> int: ...
 
 
 class _Raw(Uncopied, io.RawIOBase):
-    """A stream's bytes, unbuffered."""
+    """A connection's bytes, unbuffered."""
 
-    def __init__(self, stream: Stream, mode: str) -> None:
+    def __init__(self, stream: ByteConnection, mode: str) -> None:
         self._stream = stream
         self._mode = mode
 
@@ -41,7 +45,7 @@ class _Raw(Uncopied, io.RawIOBase):
 
 
 def over(
-    stream: Stream,
+    stream: ByteConnection,
     mode: str,
     buffering: int | None,
     encoding: str | None,

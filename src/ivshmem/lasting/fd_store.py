@@ -6,8 +6,8 @@ what descriptors are for, except that the first of a group is a socket and the o
 Invariants:
 1. The loop never waits here for longer than _MOMENT. What the manager has no room for by then goes
    into a queue, in order, and while anything is in the queue the loop does not wait at all.
-2. `settled` says whether everything was sent. The server sends a newcomer nothing before that.
-   Therefore a SIGKILL cuts off no peer that was sent anything.
+2. `settled` says whether everything was sent. The service tells a newcomer nothing before that.
+   Therefore a SIGKILL ends no connection on which anything was said.
 3. No two groups have the same name at the same time.
 """
 
@@ -26,7 +26,7 @@ from ..system.uncopied import Uncopied
 from ..text import counted
 from .journal import Journal, is_group_name
 
-_log = late_logging.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.lasting")
 
 _JOURNAL = "journal"
 
@@ -49,7 +49,7 @@ class FdStore(Uncopied):
     The loop calls `step()` when `fileno()` is readable. The owner calls `close()` at the end.
 
     If the manager reads nothing, the journal is given up: the log says so, the service continues,
-    and a successor begins without its peers.
+    and a successor begins without its connections.
     """
 
     def __init__(self, notifier: Notifier, journal: Journal, patience: float = _PATIENCE) -> None:
@@ -102,7 +102,7 @@ class FdStore(Uncopied):
     def flush(self, seconds: float) -> None:
         """Wait until everything is sent, at most `seconds`.
 
-        Only for the start and the end, when no peer is served.
+        Only for the start and the end, when nobody is served.
         """
         deadline = time.monotonic() + seconds
         while self._queue and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ class FdStore(Uncopied):
         self._empty_queue()
         self._journal.spoil()
         _log.error(
-            "the service manager keeps nothing from now on (%s): a restart cuts all peers off",
+            "the service manager keeps nothing from now on (%s): a restart ends all connections",
             reason,
         )
 

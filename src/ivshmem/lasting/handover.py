@@ -12,14 +12,14 @@ Both processes first ask the kernel which user is at the other end. Then:
 3. When the new process has checked all of that, it sends MINE.
 4. The old process lets go, sends YOURS, and ends.
 Until step 4 the service belongs to the old process, and continues with it if anything fails. During
-the steps the old process serves no peer.
+the steps the old process serves nobody.
 
 Invariants:
 1. Never do both processes serve. Never does neither, unless one of them dies between the last two
    bytes.
 2. Neither side gives to, or takes from, a process of a user other than root and its own.
 3. The new process sends MINE only after it has checked the state and the descriptors.
-4. A new process that is stopped or silent delays the peers for SILENCE seconds, not longer.
+4. A new process that is stopped or silent delays the service for SILENCE seconds, not longer.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def save(
     region: Region, path: str | os.PathLike[str], progress: OnProgress, accept: Users
 ) -> ImageInfo:
     """Write the file and its checksums; what it raises is what `image.save` documents."""
-    target = os.fspath(path)
+    target = os.fsdecode(path)
+    written = target  # of the two files, for an error
     info = ImageInfo(uuid.uuid4().hex, region.size, False, region.source, region.name, time.time())
     status = os.fstat(region.fileno())
     sums: dict[int, int] = {}
@@ -75,8 +76,11 @@ def save(
                     file.write(block[first:last])
             file.truncate(region.size)
             check_whole(region)
-            _remove(target + SUFFIX, accept)
-        with replacing(target + SUFFIX, status, accept) as file:
+            written = target + SUFFIX
+            _remove(written, accept)
+            written = target
+        written = target + SUFFIX
+        with replacing(written, status, accept) as file:
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -86,7 +90,7 @@ def save(
             }
             file.write(json.dumps(document, indent=1).encode() + b"\n")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from error
+        raise OSError(error.errno, error.strerror, written) from error
     return info
 
 
@@ -119,7 +123,7 @@ def _remove(path: str, accept: Users) -> None:
 
 def check(path: str | os.PathLike[str], progress: OnProgress, accept: Users) -> ImageInfo:
     """Read the whole file; what it raises is what `image.check_image` documents."""
-    with _RawReader(os.fspath(path), accept) as reader:
+    with _RawReader(os.fsdecode(path), accept) as reader:
         if reader.sums is None:
             raise ImageError(
                 f"{reader.path} cannot be checked: its checksums, {reader.path}{SUFFIX}, are not"
@@ -134,7 +138,7 @@ def load(
     region: Region, path: str | os.PathLike[str], progress: OnProgress, accept: Users
 ) -> ImageInfo:
     """Load the file; what it raises is what `image.load` documents."""
-    with _RawReader(os.fspath(path), accept) as reader:
+    with _RawReader(os.fsdecode(path), accept) as reader:
         info = reader.info
         check_fits(region, info, reader.path)
         for _ in reader.blocks(lambda done, total: progress(done, 2 * total)):

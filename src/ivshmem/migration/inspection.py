@@ -20,11 +20,11 @@ from pathlib import Path
 from ..errors import IvshmemError, QmpError
 from ..memory import pages
 from ..memory.region import posix_path
-from ..qemu.answers import Answer
 from ..qemu.monitor import Monitor
 from ..qemu.programs import is_qemu
 from ..service import control_client
 from ..system import processes
+from ..system.answers import Answer
 from .model import PLACES, Found, FoundPeer, FoundServer, Kind, Place, Qemu, Vm, VmDevice
 
 # QEMU's folders of devices: those with an id, and the others.

@@ -17,10 +17,10 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from ..errors import ControlError, StepFailed, UnplugPending
-from ..qemu.answers import Answer
 from ..qemu.programs import is_qemu
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..service import control_client
+from ..system.answers import Answer
 from .model import Step
 
 _SECONDS = 10.0  # for an answer of a server, and for a peer to read what it was sent

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import AlreadyMigrated, QemuGone, QmpError, StepFailed
-from ..qemu.answers import Answer
 from ..qemu.monitor import Monitor
+from ..system.answers import Answer
 from .model import Options, Step, Vm, is_under_way
 from .monitors import Monitors
 

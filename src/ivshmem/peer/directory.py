@@ -66,6 +66,7 @@ BEAT = 1.0  # seconds between the signs of life of an entry
 LEASE = 5.0  # seconds without one after which its owner counts as dead
 
 _SHOWN = 20  # names in an error message
+LONGEST_LEASE = 86400.0  # a day; no clock and no wait overflows
 _LAST_BEAT = 1.0  # seconds that closing waits for the last step of the thread
 _LOOKS = (0.002, 0.05)  # seconds between two looks for a name: first, and at most
 
@@ -128,6 +129,8 @@ class Directory(Uncopied):
             raise ValueError(f"a beat every {beat:g} s: more than 0 seconds are allowed")
         if not 2 * beat < lease:
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
+        if lease > LONGEST_LEASE:
+            raise ValueError(f"a lease of {lease:g} s: {LONGEST_LEASE:g} s or less are possible")
         self._region, self._endpoint = _found_in(place)
         self._trailer = trailer
         self._trailer_is_lost = False  # at the last beat

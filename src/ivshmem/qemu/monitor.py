@@ -24,8 +24,8 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import QemuGone, QmpError
+from ..system.answers import Answer
 from ..system.uncopied import Uncopied
-from .answers import Answer
 
 if TYPE_CHECKING:
     from qemu.qmp import EventListener, QMPClient

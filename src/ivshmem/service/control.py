@@ -256,8 +256,8 @@ class Control(Uncopied):
                 )
             reply = handler(caller, message)
             return None if reply is None else as_line({"ok": True, **reply})
-        except (IvshmemError, OSError, ValueError) as error:
-            return as_line(_refusal(_one_line(error), _code_of(error)))
+        except (ControlError, OSError) as error:
+            return as_line(_refusal(_one_line(error), getattr(error, "code", "system")))
         except Exception as error:
             _log.exception("a request to the control socket failed")
             reason = f"the server has an error, and logged it: {_one_line(error)}"
@@ -380,6 +380,9 @@ class Control(Uncopied):
             reason = _one_line(error)
             told = log_events.fields("unreloaded", reason=reason, **by)
             _log.warning("nothing was reloaded: %s", reason, extra=told)
+            if isinstance(error, ValueError) and not isinstance(error, ClosedError):
+                # Of the configuration, or of a region that it names.
+                raise ControlError(reason, "bad-config") from error
             raise
         told = log_events.fields("reloaded", changes=changes, **by)
         _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
@@ -452,17 +455,6 @@ def _id(message: Mapping[str, Any]) -> int:
 
 def _refusal(error: str, code: str) -> dict[str, Any]:
     return {"ok": False, "error": error[:_MOST_ERROR], "code": code}
-
-
-def _code_of(error: Exception) -> str:
-    """The code of what a handler raised; those of this module's own errors stand in them."""
-    if isinstance(error, ControlError):
-        return error.code or "internal"
-    if isinstance(error, OSError):
-        return "system"
-    # What a reload finds wrong in a configuration, or in a region that it names, is a ValueError.
-    is_config = isinstance(error, ValueError) and not isinstance(error, ClosedError)
-    return "bad-config" if is_config else "internal"
 
 
 def _shown(value: object) -> str:

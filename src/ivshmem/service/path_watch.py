@@ -86,9 +86,9 @@ class PathWatch(Uncopied):
             if path in before:
                 self._logged[path] = before[path]
             return
-        except OSError as error:
-            reason = error.strerror or str(error)
-            if error.errno == errno.EADDRINUSE:
+        except (OSError, ValueError) as error:  # ValueError: the group that it had is no more
+            reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
                 reason = "another process listens there"
             self._logged[path] = reason
             if before.get(path) != reason:

@@ -32,7 +32,7 @@ from ..server.region_server import RegionServer
 from ..server.report import Peer
 from ..system import late_logging
 from ..system.credentials import Credentials
-from ..system.listener import Listener
+from ..system.listener import Listener, path_of
 from ..system.loop import Loop
 from ..system.uncopied import Uncopied
 from ..system.work_lock import is_mine
@@ -373,13 +373,13 @@ class Service(Loop):
         """Change who can open a region's socket."""
         listener = self.regions[name].listener
         with _told(config, name):
-            status = os.stat(listener.path)
+            status = os.lstat(listener.path)
             before = {
                 "mode": stat.S_IMODE(status.st_mode),
                 "owner": status.st_uid,
                 "group": status.st_gid,
             }
-            undo.callback(listener.permit, **before)
+            undo.callback(_permit_again, listener, **before)
             listener.permit(
                 mode=0o777 & ~_umask() if region.mode is None else region.mode,
                 owner=os.geteuid() if region.owner is None else region.owner,
@@ -509,7 +509,7 @@ class Service(Loop):
             return
         with contextlib.suppress(OSError):
             if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
-                path = sock.getsockname()
+                path = path_of(sock)
                 for served in self.regions.values():
                     if served.listener.path == path and sock.getpeername() is not None:
                         served.server.adopt(sock)
@@ -575,6 +575,12 @@ def _former_gate(name: str, config: RegionConfig) -> Gate | None:
         return repaired[0](who, connected)
 
     return judge
+
+
+def _permit_again(listener: Listener, **before: int) -> None:
+    """Give the socket's file what it had. Why the change failed is told, and not why this fails."""
+    with contextlib.suppress(OSError):
+        listener.permit(**before)
 
 
 @contextlib.contextmanager

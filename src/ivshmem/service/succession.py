@@ -136,6 +136,14 @@ def replacing(kept: Supervision | None, service: Service) -> Iterator[None]:
         act()
         yield
         return
+    except OSError as error:  # EMFILE
+        _log.error(
+            "%s: no process takes the place of the parent (pid %d) if it is killed: replace this"
+            " server with --takeover",
+            *(error.strerror, kept.parent),
+        )
+        yield
+        return
     try:
         service.watch(fd, act)
         if os.getppid() != kept.parent:  # that pid is another's already

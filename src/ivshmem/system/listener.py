@@ -123,7 +123,7 @@ class Listener(Uncopied):
         self = cls.__new__(cls)
         self._pid = os.getpid()
         self.socket = _adopted(fd, begin)
-        self.path = _path_of(self.socket)
+        self.path = path_of(self.socket)
         self.unlinks = unlink
         self._file = None if file is None else _pair(file)
         # A relative path would be one from the directory that another process was in.
@@ -154,19 +154,12 @@ class Listener(Uncopied):
         file = descriptors.FdArray()
         file.open(self.path, os.O_PATH | os.O_NOFOLLOW)
         try:
-            fd = file[0]
-            status = os.fstat(fd)
+            status = os.fstat(file[0])
             if (status.st_dev, status.st_ino) != self._file:
                 raise OSError(errno.ENOENT, "the socket is not there any more", self.path)
-            made = f"/proc/self/fd/{fd}"
-            if (uid, gid) != (-1, -1):
-                if mode is not None:  # or else a new group would have the old mode for a moment
-                    os.chmod(made, stat.S_IMODE(status.st_mode) & mode)
-                os.chown(made, uid, gid)
-            if mode is not None:
-                os.chmod(made, mode)
-        except OSError as error:
-            raise OSError(error.errno, _permit_hint(error, uid, gid), self.path) from None
+            if mode is not None:  # or else a new group would have the old mode for a moment
+                _change(file[0], self.path, stat.S_IMODE(status.st_mode) & mode)
+            _change(file[0], self.path, mode, uid, gid)
         finally:
             file.close()
 
@@ -304,19 +297,29 @@ def _permit(path: str, mode: int | None, uid: int, gid: int) -> tuple[int, int]:
                 "another process replaced the socket: use a directory where only you may write",
                 path,
             )
-        # fchmod and fchown refuse such a descriptor; its name in /proc leads to the same file.
-        made = f"/proc/self/fd/{fd}"
         try:
-            if (uid, gid) != (-1, -1):
-                os.chown(made, uid, gid)
-            if mode is not None:
-                os.chmod(made, mode)
-        except OSError as error:
+            _change(fd, path, mode, uid, gid)
+        except OSError:
             _unlink_same(path, found)
-            raise OSError(error.errno, _permit_hint(error, uid, gid), path) from None
+            raise
     finally:
         file.close()
     return found
+
+
+def _change(fd: int, path: str, mode: int | None, uid: int = -1, gid: int = -1) -> None:
+    """Give the file at `path`, which `fd` is by O_PATH, its owner and mode; -1 and None: they stay.
+
+    fchmod and fchown refuse such a descriptor; its name in /proc leads to the same file.
+    """
+    made = f"/proc/self/fd/{fd}"
+    try:
+        if (uid, gid) != (-1, -1):
+            os.chown(made, uid, gid)
+        if mode is not None:
+            os.chmod(made, mode)
+    except OSError as error:
+        raise OSError(error.errno, _permit_hint(error, uid, gid), path) from None
 
 
 def _permit_hint(error: OSError, uid: int, gid: int) -> str:
@@ -367,7 +370,7 @@ def _pair(numbers: Iterable[int]) -> tuple[int, int]:
     return device, inode
 
 
-def _path_of(sock: socket.socket) -> str:
+def path_of(sock: socket.socket) -> str:
     """The address of a bound socket: a path, "@name" for an abstract one, "" for none."""
     address = sock.getsockname()
     if isinstance(address, bytes):

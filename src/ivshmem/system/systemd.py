@@ -30,7 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_log = late_logging.log_of("ivshmem.server")
+_log = late_logging.log_of("ivshmem.system")
 
 # To a service manager: do not try again (RestartPreventExitStatus=). EX_CONFIG of sysexits(3).
 EXIT_FIRST_START = 78

@@ -121,12 +121,14 @@ class HostilePeer(Uncopied):
         """Ring all vectors of these peers (None: of all, itself included) so many times."""
         for fd in self._fds(peers):
             for _ in range(times):
+                _set_nonblocking(fd, True)
                 with contextlib.suppress(BlockingIOError):  # the counter is full
                     os.eventfd_write(fd, 1)
 
     def fill_counters(self, peers: Iterable[int] | None = None) -> None:
         """Fill the eventfds of these peers (None: of all), so that another write has to wait."""
         for fd in self._fds(peers):
+            _set_nonblocking(fd, True)
             with contextlib.suppress(BlockingIOError):  # there was something in it
                 os.eventfd_write(fd, _FULL)
 
@@ -134,7 +136,7 @@ class HostilePeer(Uncopied):
         """Read the eventfds of these peers (None: of all); returns how many rings they lose."""
         stolen = 0
         for fd in self._fds(peers):
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)
+            _set_nonblocking(fd, True)
             with contextlib.suppress(BlockingIOError):
                 stolen += os.eventfd_read(fd)
         return stolen
@@ -142,7 +144,7 @@ class HostilePeer(Uncopied):
     def clear_nonblock(self, peers: Iterable[int] | None = None) -> None:
         """Clear O_NONBLOCK of the eventfds of these peers (None: of all), which all share."""
         for fd in self._fds(peers):
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+            _set_nonblocking(fd, False)
 
     # -- against the memory -----------------------------------------------------------------------
 
@@ -211,6 +213,13 @@ class HostilePeer(Uncopied):
 
     def __repr__(self) -> str:
         return f"<ivshmem.testing.HostilePeer, id {self.id}>"
+
+
+def _set_nonblocking(fd: int, nonblocking: bool) -> None:
+    """Set or clear O_NONBLOCK, which whoever has this eventfd shares."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    flags = flags | os.O_NONBLOCK if nonblocking else flags & ~os.O_NONBLOCK
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def leave_during_set_up(

@@ -1,7 +1,9 @@
 """What a stranger's JSON says, fetched by type: a QMP monitor's answers, a control socket's.
 
 Knows: the types that JSON has, and what is said of a value that has another one.
-Does not know: what was asked, or what the values mean.
+Does not know: what was asked, or what the values mean. json_shapes.py checks a whole value of a
+known form at once; here a caller takes what it needs, of a form that changes from one QEMU to the
+next.
 
 Invariants:
 1. Whatever the JSON contains, a method returns a value of the type that it names, or raises
