@@ -25,8 +25,8 @@ Public are the names in `__all__` of this module and of these, and nothing else:
 All other modules are internal, and change without notice, as does each name that begins with `_`.
 
 Time limits are in seconds. `timeout=None`, the default, waits for ever, and 0 does not wait. A call
-that waits for something returns None if nothing came in time. A call that must make something or
-complete an action, such as `connect`, raises TimeoutError instead.
+that waits for something returns None if nothing came in time, and 0 if it says how many came. A
+call that must make something or complete an action, such as `connect`, raises TimeoutError instead.
 
 A name's module is imported when the name is first used. A program that gives up its rights to read
 files (setuid, chroot) imports what it needs before that: `from ivshmem import Server, connect`.
