@@ -324,6 +324,7 @@ def test_all_schedules_in_which_one_store_is_late(build: Build, program: str, sc
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("program", "script"), ALL)
 def test_all_schedules_with_two_preemptions(build: Build, program: str, script: str) -> None:
     build(program, "-O1").output("bounded", script, "2", "held")
