@@ -18,8 +18,10 @@ from support.channel_waits import Pair
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
-from ivshmem import ClosedError, Directory, Region, channel, testing
+from ivshmem import ClosedError, Directory, Region, Server, channel, testing
 from ivshmem.channel import CallFailed, Channels
+from ivshmem.channel.watching import Watcher
+from ivshmem.tracing.watcher import RingWatcher, Rung
 
 NEVER: dict[str, Any] = {"beat": 1000.0, "lease": 10000.0}
 NOTHING = "nothing"
@@ -344,3 +346,28 @@ def test_an_end_that_is_closed_is_not_polled(place: Place, what: str) -> None:
     of_end = until(lambda: next((each for each in both if polls(each)), None), "a look")
     end.close()
     until(lambda: not polls(of_end), "rest")
+
+
+def test_a_watcher_is_rung_after_a_silence_only(socket_path: str) -> None:
+    """A writer that it slowed would make a system call for each message."""
+    with Server(socket_path, "1M", channels="512K").start(), ExitStack() as stack:
+        both = []
+        for _ in range(2):
+            client = stack.enter_context(ivshmem.connect(socket_path, timeout=PATIENCE))
+            both.append(stack.enter_context(channel.open(client)))
+        log = both[0].create_messages("log", limit=8, slots=64)
+        writer = stack.enter_context(log.writer())
+        found: Any = both[1].open("log")
+        watcher = stack.enter_context(Watcher(found))
+        rings = stack.enter_context(RingWatcher(socket_path))
+        until(lambda: list(rings.watch(0.01)) or True)
+        watching = Background(lambda: [watcher.take(PATIENCE) for _ in range(100)])
+        watching.wait_until_asleep()
+        count = 0
+        for number in range(100):
+            writer.put(str(number).encode())
+            count += sum(isinstance(event, Rung) for event in rings.watch(0.003))
+        seen: Any = watching.result()
+        assert [each.data for each in seen if each] == [str(i).encode() for i in range(100)]
+        assert watcher.lost == 0
+        assert 1 <= count <= 20  # one, and one for each time that this machine stood still

@@ -102,7 +102,7 @@ def test_tail_as_json(socket_path: str, channels: Channels) -> None:
             (line,) = lines_of(process)
     seen = json.loads(line)
     assert seen.pop("time") > 1e9
-    assert seen == {"data": "a\\xff\n", "writer": 0, "position": 1, "size": 3, "lost": 0}
+    assert seen == {"data": {"base64": "Yf8K"}, "writer": 0, "position": 1, "size": 3, "lost": 0}
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ tests/vm/test_guest_bundle.py runs it in a guest.
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,6 +147,17 @@ def test_where_nothing_may_execute(bundles: Path, tmp_path: Path) -> None:
         pytest.skip(f"no mount in a namespace of its own here: {done.stderr.strip()}")
     assert done.returncode == 1
     assert "it is mounted noexec): set IVSHMEM_UNPACK=DIR" in done.stderr
+
+
+def test_an_old_python(bundles: Path) -> None:
+    """It understands the file that it starts with, and says what is needed."""
+    file = bundles / "ivshmem.pyz"
+    with zipfile.ZipFile(file) as archive:
+        ast.parse(archive.read("__main__.py"), feature_version=(3, 4))
+    code = "import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path(sys.argv[1])"
+    done = ran("-c", code, file)
+    assert done.returncode == 1
+    assert done.stderr == "ivshmem: Python 3.10 or newer is needed, and this is Python 3.9\n"
 
 
 def test_another_machine(bundles: Path, home: Path, tmp_path: Path) -> None:

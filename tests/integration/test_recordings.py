@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 import signal
 import struct
@@ -29,6 +31,9 @@ import ivshmem
 from ivshmem import Server, channel
 from ivshmem.channel import Channels
 from ivshmem.recording.facts import metadata_of
+from ivshmem.recording.recorder import Recorder
+from ivshmem.recording.source import RecordedFile
+from ivshmem.system.sink import Sink
 from ivshmem.text import counted
 
 pytestmark = pytest.mark.usefixtures("commands")
@@ -515,6 +520,65 @@ def test_a_full_disk(socket_path: str, channels: Channels) -> None:
         assert salvaged(file) == [bytes([i]) * 100_000 for i in range(said["messages"])]
 
 
+def test_an_index_that_has_no_place(
+    channels: Channels, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is counted is what is in the file: a chunk, also if its index is not."""
+    messages = channels.create_messages("log", limit=100, slots=8)
+    file = directory / "a.mcap"
+    real = Sink.write
+    refused: list[bytes] = []
+
+    def write(sink: Sink, data: bytes) -> int:
+        if data[:1] == b"\x07" or refused:  # an index of messages, and what follows it
+            refused.append(data)
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return real(sink, data)
+
+    monkeypatch.setattr(Sink, "write", write)
+    with messages.writer() as writer:
+        recorder = Recorder(channels, str(file), tell=print, flush=0.01)
+        writer.put(b"message")
+        until(lambda: recorder.error)
+        with pytest.raises(OSError, match="No space"):
+            recorder.close()
+    assert salvaged(file) == [b"message"]
+    assert (recorder.messages, recorder.bytes, recorder.unwritten) == (1, 7, 0)
+
+
+def test_a_value_s_content_is_recorded(
+    socket_path: str, channels: Channels, directory: Path
+) -> None:
+    """It was set before, and belongs to the state that a replay brings back."""
+    file = directory / "a.mcap"
+    state = channels.create_value("state", limit=100)
+    with state.writer() as writer:
+        writer.put(b"ready")
+        with recording(channels, socket_path, file) as process:
+            until(lambda: file.exists())
+            ended(process)
+    assert stored(file) == [("state", b"ready")]
+    state.remove()
+    assert commands.run("channel", "replay", "-S", socket_path, str(file)).returncode == 0
+    found: Any = channels.open("state")
+    with found.reader() as reader:
+        assert reader.get() == b"ready"
+
+
+def test_topics_without_messages(socket_path: str, channels: Channels, directory: Path) -> None:
+    """Of another program's file: how large messages can be is not known, so there is no channel."""
+    file = directory / "a.mcap"
+    with file.open("wb") as stream:
+        writer: Any = Writer(stream)
+        writer.start("ros2")
+        used, _ = (writer.register_channel(name, "json", 0) for name in ("/used", "/unused"))
+        writer.add_message(used, SECOND, b"", SECOND)
+        writer.finish()
+    done = commands.run("channel", "replay", "-S", socket_path, str(file))
+    assert done.returncode == 0, done.stderr
+    assert [info.name for info in channels.list()] == ["/used"]
+
+
 # -- wrong use ------------------------------------------------------------------------------------
 
 
@@ -530,6 +594,18 @@ def test_wrong_use(socket_path: str, channels: Channels, directory: Path) -> Non
     assert said.startswith("channel 'strict' lets its readers only block")
     assert not file.exists()
     file.write_bytes(b"x")
+    run(socket_path, "record", str(file), "strict", "--force", status=1)
+    assert file.read_bytes() == b"x"
+    fifo = directory / "fifo"
+    os.mkfifo(fifo)
+    channels.create_messages("log", limit=8)
+    said = run(socket_path, "record", str(fifo), "log", "--force", status=1)
+    assert said == f"{fifo}: it is not a regular file: choose another path"
+    read, write = os.pipe()
+    with open(read, "rb"), open(write, "wb"):
+        path = f"/proc/self/fd/{read}"
+        with pytest.raises(OSError, match="not a regular file, in which one can go back"):
+            RecordedFile(path, lambda _: None)
     for words, said in (
         (("record", str(file)), f"{file}: file exists: choose another path, or write over it with"
          " --force"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.mounts import mounted, root
 from support.pages import HOME, shell_lines
 from support.waiting import PATIENCE, until
 
@@ -292,8 +293,16 @@ def test_what_cannot_be(served: Server, directory: Path) -> None:
     (line,) = failed(served, str(directory), "--force")
     assert line == f"ivshmem: {directory}: it is a directory: give a file in that directory"
     assert "not a number of rings: 0" in failed(served, str(file), "--limit", "0")[-1]
-    lines = failed(served, "/dev/full", "--force", "-t", "0.1")
-    assert lines[-1].count("/dev/full: no space left on device") == 1
+    (line,) = failed(served, "/dev/full", "--force", "-t", "0.1")
+    assert line == "ivshmem: /dev/full: it is not a regular file: choose another path"
+
+
+@pytest.mark.skipif(not root, reason="mounts a file system: run it as root")
+def test_a_full_disk(served: Server) -> None:
+    with mounted("tmpfs", "size=4K") as small:
+        (small / "most").write_bytes(bytes(4096))
+        lines = failed(served, str(small / "trace.json"), "-t", "0.1")
+    assert lines[-1].count("trace.json: no space left on device") == 1
 
 
 def test_without_descriptors(served: Server, directory: Path) -> None:

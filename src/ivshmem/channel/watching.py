@@ -3,11 +3,16 @@
 Knows: which reader slows no writer, and what was lost to it. Does not know: what is done with a
 message; threads.
 
-Invariant: a watcher that is too slow loses messages. No writer waits for it.
+Invariants:
+1. A watcher that is too slow loses messages. No writer waits for it.
+2. While messages come, it looks for them by itself: a writer rings it once after a silence, and not
+   for each message.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ChannelTypeError, Overtaken
@@ -21,6 +26,11 @@ if TYPE_CHECKING:
 
     from .readers import Reader
     from .views import View
+
+
+# Seconds after a message for which it looks by itself, and between two looks.
+_AWAKE = 0.1
+_PAUSE = 0.001
 
 
 class Seen(NamedTuple):
@@ -57,13 +67,14 @@ class Watcher(Uncopied):
     def __init__(self, found: Messages | Value, *, history: int = 0) -> None:
         self._reader: Reader | ValueReader
         self._next: dict[int, int] = {}
+        self._first = False  # what a value is now is still to be seen
         if isinstance(found, Value):
             self._reader = found.reader()
-            if not history:
-                self._reader.get()  # what is there was seen
+            self._first = history > 0
         else:
             self._reader = found.reader(way_of(found), history=history)
         self.lost = 0
+        self._awake = -math.inf  # when it may sleep
 
     def take(self, timeout: float | None = None, *, copied: bool = True) -> Seen | None:
         """Return the next message.
@@ -96,7 +107,23 @@ class Watcher(Uncopied):
             return Seen(data, view.size, writer, position, view.time, lost)
 
     def _view(self, timeout: float | None) -> View | None:
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while (view := self._waited(0)) is None:
+            now = time.monotonic()
+            if now >= min(until, self._awake):
+                view = self._waited(None if timeout is None else max(until - now, 0))
+                break
+            time.sleep(min(_PAUSE, until - now))
+        if view is not None:
+            self._awake = time.monotonic() + _AWAKE
+        return view
+
+    def _waited(self, timeout: float | None) -> View | None:
         if isinstance(self._reader, ValueReader):
+            if self._first:
+                self._first = False
+                if (view := self._reader.view()) is not None:
+                    return view
             if self._reader.wait_changed(timeout) is None:
                 return None
             return self._reader.view()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ..peer.directory import Directory
 
 _INDENT = " " * len("  libvirt: ")
-_IVSHMEM = [sys.executable, "-m", "ivshmem"]
+_BUNDLE = getattr(getattr(__spec__, "loader", None), "archive", None)  # a .pyz
+_IVSHMEM = [sys.executable, *([_BUNDLE] if _BUNDLE else ["-m", "ivshmem"])]
 
 
 def banner(service: Service, pid: int) -> str:

@@ -1,4 +1,4 @@
-"""Runs the command line from a bundle: it is `__main__.py` there, and imports nothing before.
+"""Runs the command line from a bundle: `__main__.py` there imports this, and nothing before.
 
 Knows: where compiled modules can be loaded from, and who may have put them there.
 Does not know: what is in the bundle.

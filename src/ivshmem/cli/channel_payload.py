@@ -7,6 +7,7 @@ where a message comes from.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib.util
 import json
@@ -76,12 +77,18 @@ class Form:
         return plain(self.line(message[: MOST + 1])) if self.name == "hex" else self.line(message)
 
     def value(self, message: bytes) -> Any:
-        """Return a message for JSON: a string, or a list of an array's elements."""
+        """Return a message for JSON: a string, or a list of an array's elements.
+
+        What is no text is an object {"base64": ..}, which no text is mistaken for.
+        """
         if (array := self._array(message)) is not None:
             return array.tolist()
-        if self.name == "text":
-            return message.decode(errors="backslashreplace")
-        return message.hex()
+        if self.name != "text":
+            return message.hex()
+        try:
+            return message.decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(message).decode()}
 
 
 def json_line(**facts: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from ..channel.watching import Watcher
 from ..errors import ChannelTypeError, IvshmemError, NoSuchChannel
 from ..system.time_limits import left_until
 from ..text import plain
-from . import browser, channel_text
+from . import browser, channel_text, screen
 from .arguments import add_interval, positive
 from .channel_counting import Arrivals, Positions, Rates, bandwidth_line, rate_line
 from .channel_payload import json_line
@@ -158,7 +157,7 @@ def _each_time(options: argparse.Namespace, channels: channel.Channels) -> Itera
 def _top(options: argparse.Namespace) -> int:
     with joined(options, "reads") as channels:
         rates = Rates()
-        if sys.stdin.isatty() and sys.stdout.isatty() and not options.json:
+        if screen.is_there() and not options.json:
 
             def content() -> browser.Content:
                 rows = rates.next(channels.list(), time.monotonic())

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..recording.recorder import Recorder
 
 _LOOK = 0.2  # seconds between two looks at which channels there are
+_LEAST_BUFFER = 4096  # bytes
 _FOREVER = (1 << 64) - 1  # the largest time in MCAP
 
 
@@ -36,6 +37,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         "names",
         metavar="NAME",
         nargs="*",
+        default=[],  # or else an error calls it required
         help="of channels (default: all of messages and values, also those that appear later)",
     )
     parser.add_argument(
@@ -86,14 +88,17 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    return checked(parse_size, text)
+    size = checked(parse_size, text)
+    if size < _LEAST_BUFFER:
+        raise argparse.ArgumentTypeError(f"{text}: {format_size(_LEAST_BUFFER)} or more are needed")
+    return size
 
 
 def _speed(text: str) -> float:
-    number = seconds(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"not a speed: {text} (allowed is more than 0)")
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"not a speed: {text} (allowed is more than 0, or inf)")
 
 
 # -- the commands ---------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "The file fits each Python from 3.10 on, on a machine with this kind of processor. In the"
+        "The file fits a machine with this kind of processor, and each Python from 3.10 on if this"
+        " package came as a wheel; otherwise the version of Python that this host has. In the"
         " guest: python3 ivshmem.pyz guest list"
     )
     parser.add_argument(

@@ -27,6 +27,18 @@ LEFT_OUT = {"bench", "testing", "migration"}
 PROGRAM = "ivshmem.pyz"
 LABEL = "IVSHMEM"  # of the disk image
 _START = b"#!/usr/bin/env python3\n"
+_RUNNER = "ivshmem_bundled"  # bundled.py, beside the package
+# Any Python from 2.6 on understands this part, and can say that it is too old.
+_MAIN = """import sys
+
+if sys.version_info < (3, 10):
+    found = "%d.%d" % tuple(sys.version_info[:2])
+    sys.exit("ivshmem: Python 3.10 or newer is needed, and this is Python " + found)
+if __name__ == "__main__":
+    from ivshmem_bundled import run
+
+    sys.exit(run(sys.argv[0], {made!r}))
+"""
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same package gives the same bytes
 FORMS = ("pyz", "tar", "tar.xz", "iso")
 
@@ -124,7 +136,8 @@ def _program(modules: dict[str, bytes], *, packed: bool) -> bytes:
     out = io.BytesIO()
     out.write(_START)
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        _add(archive, "__main__.py", _main(made))
+        _add(archive, "__main__.py", _MAIN.format(made=made).encode())
+        _add(archive, f"{_RUNNER}.py", Path(bundled.__file__).read_bytes())
         for path in sorted(PACKAGE.rglob("*.py")):
             inside = path.relative_to(PACKAGE)
             if inside.parts[0] not in LEFT_OUT:
@@ -132,12 +145,6 @@ def _program(modules: dict[str, bytes], *, packed: bool) -> bytes:
         if packed:
             _add(archive, bundled.PACKED, _packed(modules), zipfile.ZIP_STORED)
     return out.getvalue()
-
-
-def _main(made: dict[str, str]) -> bytes:
-    source = Path(bundled.__file__).read_text()
-    start = f"if __name__ == '__main__':\n    sys.exit(run(sys.argv[0], {made!r}))\n"
-    return f"{source}\n\n{start}".encode()
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes, how: int = zipfile.ZIP_DEFLATED) -> None:

@@ -14,7 +14,7 @@ from ..guest import setup_plan as plan
 from ..guest.choice import choose, full_address
 from ..guest.setup_steps import StartUnits
 from ..guest.setup_system import SetupRecord, System, alone
-from ..text import counted, plain
+from ..text import command, counted, plain
 from .run import one_line
 from .systemd import hidden_place, own_command
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     _Files = dict[str, tuple[bytes, int]]
 
 _PROGRAM = "ivshmem.pyz"
-_UNDO = "ivshmem guest setup --undo"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,6 +65,7 @@ def _setup(options: argparse.Namespace, record: SetupRecord) -> int:
     plan.check(record, planned)
     for note in notes:
         print(plain(note))
+    undo = command(["ivshmem", "guest", "setup", "--undo", *_rooted(options)])
     asking = not (options.yes or options.dry_run)
     made = 0
     for number, step in enumerate(planned, 1):
@@ -78,28 +78,33 @@ def _setup(options: argparse.Namespace, record: SetupRecord) -> int:
             continue
         if asking and (answer := _answer()) != "y":
             if answer == "q":
-                print(f"stopped before step {number}; to take back what was made: {_UNDO}")
+                print(f"stopped before step {number}; to take back what was made: {undo}")
                 return 1
             asking = False
         try:
             record.add(step.entries())
             step.make()
         except (OSError, IvshmemError) as error:
-            raise IvshmemError(_stopped(error, number, made)) from None
+            raise IvshmemError(_stopped(error, number, made, undo)) from None
         made += 1
         _mark_changed(planned, step)
     if options.dry_run:
         print("nothing was changed")
     else:
-        print(f"done; to take it back: {_UNDO}")
+        print(f"done; to take it back: {undo}")
         _advise(settings)
     return 0
 
 
-def _stopped(error: Exception, number: int, made: int) -> str:
+def _rooted(options: argparse.Namespace) -> list[str]:
+    """The option that names another machine's root, for the command that takes all back."""
+    return ["--root", os.path.abspath(options.root)] if options.root else []
+
+
+def _stopped(error: Exception, number: int, made: int, undo: str) -> str:
     return (
         f"{one_line(error)} (step {number} was not made, {counted(made, 'step')} before it"
-        f" {'was' if made == 1 else 'were'}: repeat the command, or `{_UNDO}`)"
+        f" {'was' if made == 1 else 'were'}: repeat the command, or `{undo}`)"
     )
 
 
@@ -187,7 +192,7 @@ def _program(system: System, *, serve: bool) -> tuple[list[str], _Files]:
                 files[f"modules/{name}"] = module.read(), 0o755
     with open(archive, "rb") as bundle:
         files[_PROGRAM] = bundle.read(), 0o755
-    python = sys.executable if system.live else _first(system, "/usr/bin/python3")
+    python = sys.executable if system.live else _first(system, "it there", "/usr/bin/python3")
     if serve and system.live:
         _check_place(os.path.realpath(python))
     return [python, f"{plan.LIBRARY}/{_PROGRAM}"], files
@@ -196,22 +201,20 @@ def _program(system: System, *, serve: bool) -> tuple[list[str], _Files]:
 def _installed(system: System) -> list[str]:
     """The command of an installed package, which stays where it is."""
     if not system.live:
-        return [_first(system, "/usr/bin/ivshmem", plan.COMMAND)]
+        others = "it there, run this command from a bundle (ivshmem guest bundle), or --no-serve"
+        return [_first(system, others, "/usr/bin/ivshmem", plan.COMMAND)]
     program = own_command()
     for path in (program[0], os.path.realpath(sys.executable)):
         _check_place(path)
     return program
 
 
-def _first(system: System, *paths: str) -> str:
-    """The first of some programs that a machine has."""
+def _first(system: System, what: str, *paths: str) -> str:
+    """The first of some programs that a machine has, or an error that says `what` to install."""
     for path in paths:
         if os.path.lexists(system.place(path)):
             return path
-    raise IvshmemError(
-        f"{system.root} has no {' and no '.join(paths)}: install it there, run this command from a"
-        " bundle (ivshmem guest bundle), which it copies, or give --no-serve"
-    )
+    raise IvshmemError(f"{system.root} has no {' and no '.join(paths)}: install {what}")
 
 
 def _check_place(path: str) -> None:

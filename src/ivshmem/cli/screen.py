@@ -174,6 +174,15 @@ class Screen:
         self._waker.close()
 
 
+def is_there() -> bool:
+    """Whether there is a terminal that can be drawn on."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and not _is_dumb()
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM") == "dumb"
+
+
 @contextlib.contextmanager
 def shown() -> Iterator[Screen]:
     """Have the screen while the block runs.
@@ -182,9 +191,10 @@ def shown() -> Iterator[Screen]:
         ValueError: standard input and output are not a terminal.
         SystemExit: a signal ended the program; KeyboardInterrupt for Ctrl-C.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+    if not is_there():
+        what = "a terminal that can be drawn on" if _is_dumb() else "a terminal"
         raise ValueError(
-            "standard input and output are not a terminal: `ivshmem status` prints the same once"
+            f"standard input and output are not {what}: `ivshmem status` prints the same once"
         )
     with signals.held(), contextlib.closing(Screen()) as screen:
         before = [

@@ -31,7 +31,7 @@ _MODALIAS = f"pci:v{VENDOR_ID:08X}d{DEVICE_ID:08X}"
 
 # Names that useradd(8) of Debian takes; udev and systemd expand % and $.
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
-_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 
 def check_name(name: str) -> str:

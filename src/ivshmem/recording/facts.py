@@ -54,6 +54,7 @@ class Topic:
         type: of a channel, as text in memory.
         facts: of a recorded channel; empty: another program recorded it.
         longest: bytes of the longest message; 0: not known.
+        used: whether the file has a message of it, as far as is known.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Topic:
     type: str
     facts: dict[str, Any]
     longest: int = 0
+    used: bool = False
 
     @property
     def limit(self) -> int:

@@ -77,6 +77,8 @@ class Player(Uncopied):
                 name = names[number]
                 limits[name] = max(limits.get(name, 1), topic.limit)
             for number, topic in source.topics.items():
+                if not topic.facts and not topic.used:
+                    continue  # how large its messages are, nobody knows
                 name = names[number]
                 if name != topic.name:
                     tell(f"topic {topic.name!r} becomes channel {name!r}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..channel import records
@@ -146,6 +147,7 @@ class Recorder(Uncopied):
             self._check(channels.open(name))
         self._sink = Sink(path, replace=replace)
         try:
+            self.look()  # before the first write: if a channel cannot be read, a file stays
             how = {"none": CompressionType.NONE, "lz4": CompressionType.LZ4}
             self._writer: Any = Writer(  # its types are incomplete
                 self._sink,  # type: ignore[arg-type]  # it is as much of a file as the library uses
@@ -153,7 +155,6 @@ class Recorder(Uncopied):
                 compression=how.get(compression, CompressionType.ZSTD),
             )
             self._writer.start(library="ivshmem")
-            self.look()
         except BaseException:
             self._stop_reading()
             self._sink.remove()
@@ -200,7 +201,8 @@ class Recorder(Uncopied):
         try:
             found = self._check(self._channels.open(name))
             found._type = None  # bytes, also of arrays, and without numpy
-            watcher = Watcher(found, history=0)
+            # A value is a state: what it is now belongs to the recording.
+            watcher = Watcher(found, history=int(isinstance(found, Value)))
         except ClosedError:
             return  # it was removed a moment ago
         except (ChannelError, IvshmemError) as error:
@@ -226,8 +228,7 @@ class Recorder(Uncopied):
                 if item is not None:
                     self._write(item)
                 if time.monotonic() >= due:
-                    self._writer.flush()
-                    self._note()
+                    self._put(self._writer.flush)
                     due = time.monotonic() + self._flush
         except OSError as error:
             self.error = error
@@ -238,20 +239,27 @@ class Recorder(Uncopied):
         if track.number is None:
             track.number = self._registered(track.found)
         published = when if seen.time is None else round(seen.time * 1e6) * 1000
-        before = self._sink.offset
-        self._writer.add_message(
-            track.number, when, seen.data, published, seen.position % _SEQUENCES
-        )
         self._pending[0] += 1
         self._pending[1] += seen.size
-        if self._sink.offset != before:
-            self._note()
+        position = seen.position % _SEQUENCES
+        self._put(
+            partial(self._writer.add_message, track.number, when, seen.data, published, position)
+        )
 
-    def _note(self) -> None:
-        """What was pending is in the file."""
-        self.messages += self._pending[0]
-        self.bytes += self._pending[1]
-        self._pending = [0, 0]
+    def _put(self, write: Callable[[], object]) -> None:
+        """Have the library write; and note what is in the file then.
+
+        A chunk and its index are several calls of Sink.write. If one for the index fails, the chunk
+        is in the file.
+        """
+        before = self._sink.offset
+        try:
+            write()
+        finally:
+            if self._sink.offset != before:
+                self.messages += self._pending[0]
+                self.bytes += self._pending[1]
+                self._pending = [0, 0]
 
     def _registered(self, found: Messages | Value) -> int:
         schema = facts.schema_of(found._facts["type"])
@@ -289,8 +297,7 @@ class Recorder(Uncopied):
             raise self.error
 
     def _finish(self) -> None:
-        self._writer.flush()
-        self._note()
+        self._put(self._writer.flush)
         lost = self.lost
         said = {"lost": str(sum(lost.values())), "messages": str(self.messages)}
         said.update({f"lost of {plain(name)}": str(count) for name, count in lost.items()})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -77,6 +78,9 @@ class RecordedFile(Uncopied):
         except (FileNotFoundError, IsADirectoryError) as error:
             raise OSError(error.errno, _UNREADABLE[type(error)], path) from None
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                text = "it is not a regular file, in which one can go back: write it to one first"
+                raise OSError(errno.ESPIPE, text, path)
             summary = self._summary()
             self.indexed = summary is not None
             if summary is None or not self._take(summary):
@@ -131,7 +135,7 @@ class RecordedFile(Uncopied):
         times: list[int] = []
         for message in self._linear():
             topic = self.topics[message.topic]
-            topic.longest = max(topic.longest, len(message.data))
+            topic.longest, topic.used = max(topic.longest, len(message.data)), True
             times[:] = (
                 [min(times[0], message.time), max(times[1], message.time)]
                 if times

@@ -40,13 +40,14 @@ class ChromeTrace(Uncopied):
         self.rings = 0
         self.taken = 0
         self._sink = Sink(path, replace=replace)
+        self._sink.write(b"[")  # a trace without its end can be opened, and an empty file cannot
         self._lines: list[str] = []
         self._size = 0
         self._pending: dict[tuple[int, int], bool] = {}  # (peer, vector) of slices that are open
         self._connected: set[int] = set()
         self._tracks: set[tuple[int, int]] = set()
         self._flows = 0
-        self._begun = False
+        self._begun = False  # there is an event in the file
 
     def name(self, peer: int, text: str) -> None:
         """Call a peer by this text from now on."""
@@ -118,10 +119,10 @@ class ChromeTrace(Uncopied):
             OSError: as of write(2); the file ends with a whole event.
         """
         if self._lines:
-            text = ("" if not self._begun else ",\n") + ",\n".join(self._lines)
+            text = ("," if self._begun else "") + "\n" + ",\n".join(self._lines)
             self._lines.clear()
             self._size = 0
-            self._sink.write(f"{'' if self._begun else '['}{text}".encode())
+            self._sink.write(text.encode())
             self._begun = True
 
     def end(self, at: int) -> None:
@@ -129,7 +130,7 @@ class ChromeTrace(Uncopied):
         for peer in sorted(self._connected):
             self._end(peer, at)
         self.flush()
-        self._sink.write(b"\n]\n" if self._begun else b"[]\n")
+        self._sink.write(b"\n]\n")
 
     def close(self) -> None:
         """Close the file; may be called twice."""
