@@ -378,11 +378,24 @@ class TestServe:
         ) as process:
             with RawPeer(socket_path):
                 assert process.stderr is not None
+                told = json.loads(process.stderr.readline())
+                assert (told["event"], told["address"]) == ("metrics", f"127.0.0.1:{port}")
                 assert json.loads(process.stderr.readline())["event"] == "joined"
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
                     body = response.read().decode()
         assert 'ivshmem_peers{region="ivshmem"} 1.0\n' in body
         assert "\nivshmem_peer_pending_messages{" in body
+        assert process.returncode == 0
+
+    def test_the_port_that_the_kernel_chose_is_in_the_log(self, socket_path: str) -> None:
+        with self.server("-S", socket_path, "--metrics", "0", "--quiet") as process:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            found = re.search(r"metrics are at http://127\.0\.0\.1:(\d+)/metrics$", line)
+            assert found is not None, line
+            url = f"http://127.0.0.1:{found[1]}/metrics"
+            with urllib.request.urlopen(url) as response:
+                assert b"\nivshmem_info{" in response.read()
         assert process.returncode == 0
 
     def test_a_configuration(self, socket_path: str, directory: Path) -> None:

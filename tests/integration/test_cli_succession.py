@@ -382,6 +382,24 @@ def test_what_a_successor_cannot_have_it_does_without(
             second.process.wait(PATIENCE)
 
 
+def test_the_metrics_port_of_a_successor(serve: Serve, peers: list[RawPeer]) -> None:
+    """A child binds the configured port again; who takes over has metrics only if it says so."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    first = serve("--supervise", "--metrics", str(address[1]))
+    peers.append(RawPeer(str(first.path)).set_up(VECTORS))
+    kill(first.child())
+    until(
+        lambda: first.log.read_text().count(f"metrics are at http://127.0.0.1:{address[1]}/") == 2
+    )
+    socket.create_connection(address, PATIENCE).close()
+    serve("--takeover")
+    assert first.process.wait(PATIENCE) == 0
+    settle(peers)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, PATIENCE)
+
+
 def test_options_of_one_region_are_not_for_others(
     tmp_path_factory: pytest.TempPathFactory, peers: list[RawPeer]
 ) -> None:

@@ -33,6 +33,7 @@ one):
     unreachable   path, reason, region: it could not be bound again, so nobody can connect
     limit         limit, peers, vectors: how many descriptors there can be, and for how many peers
                   of so many vectors that is enough; at start
+    metrics       address: where Prometheus gets the metrics, HOST:PORT; at start
     lost          lines: nobody read the log, and so many lines are missing
     log           whatever else there is to say
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import IvshmemError
+from ..server import log_events
 from . import control, control_client
 from .path_watch import PathWatch
 from .service import Service
@@ -86,9 +87,13 @@ def observable(
 
 
 def _metrics(address: str, service: Service, peers: bool, hosts: Iterable[str]) -> Metrics:
-    from .metrics import Metrics  # here: few servers have them
+    from .metrics import PATH, Metrics  # here: few servers have them
 
-    return Metrics(address, service, peers=peers, hosts=hosts)
+    made = Metrics(address, service, peers=peers, hosts=hosts)
+    # Of port 0 nothing else says which one the kernel chose. A successor's can be another.
+    told = log_events.fields("metrics", address=made.address)
+    _log.info("metrics are at http://%s%s", made.address, PATH, extra=told)
+    return made
 
 
 def _control(
