@@ -21,6 +21,7 @@ import pytest
 from support import commands
 from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
+from support.pages import HOME
 from support.peer import FakeServer, RawPeer, send_raw, until_closed
 from support.running import Running
 from support.served import Served
@@ -396,7 +397,7 @@ class TestWhoIsHeard:
             reply = json.loads(child.line())
             child.finish()
         assert reply["ok"] is False
-        assert reply["error"].startswith(f"uid {NOBODY} is not heard here, only uid 0")
+        assert reply["error"].startswith(f"uid {NOBODY} is not answered here, only uid 0")
 
     def test_the_client_hears_that_it_is_not_heard(self, unstarted: Controlled) -> None:
         controlled = unstarted.begin(uids=frozenset({NOBODY}))
@@ -516,8 +517,9 @@ class TestCodes:
 
     def test_all_are_documented(self) -> None:
         source = Path(service_control.__file__).read_text()
-        listed = source.partition("codes that it does not know.")[2].split("\n\n")[1]
-        documented = set(re.findall(r"^    ([a-z-]+)  ", listed, re.MULTILINE))
+        page = (HOME / "docs/reference/control-protocol.md").read_text()
+        table = page.partition("| code | meaning |")[2].partition("\n\n")[0]
+        documented = set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE))
         words = "(?:bad|no|not|unknown|region)-[a-z-]+|busy|system|internal"
         used = set(re.findall(f'"({words})"', source))
         assert used == documented

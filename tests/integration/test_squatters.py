@@ -426,7 +426,7 @@ def test_a_stranger_asks_root_s_server(said: bytes) -> None:
                 except (ConnectionResetError, BrokenPipeError):
                     return
                 assert b'"ok":true' not in data
-                assert b"is not heard here" in data
+                assert b"is not answered here" in data
 
         by(NOBODY, ask)
         judge(["status"], start("status", "-S", str(SOCKET)))

@@ -1,77 +1,15 @@
-"""The control socket: what a running server is asked to say of itself, and to do.
+"""The control socket: the requests to a running server, and the server's answers.
 
-Knows: the protocol's words, whose requests are answered. Does not know: how a server does its work,
-what it says of itself (status.py), how connections are bounded (RequestServer does).
+Knows: the requests, their codes of errors, which users are answered. Does not know: how a server
+does its work, what a status has (status.py), how connections are bounded (RequestServer does).
 
-A Unix stream socket, by default the first region's path with ".control" behind it, of mode 0600;
-whatever its permissions, only root and the server's own user are heard (SO_PEERCRED). A request is
-a JSON object on a line, of 65,536 bytes at most; so is the reply, of any length. A connection may
-bring any number of requests, which are answered in order, the next one when the reply was read. At
-most 64 connections are kept: one more ends the one that was idle for longest.
-
-    {"do": "version"}                   {"ok": true, "version": "0.1.0", "protocol": 1, "pid": 71}
-    {"do": "status"}                    {"ok": true, "server": {..}, "regions": [{..}, ..]}
-    {"do": "status", "peers": false}    the same without the peers, and without a look at each
-    {"do": "evict", "id": 3, "region": "db"}    {"ok": true, "region": "db"}
-    {"do": "hold-leaves", "on": true, "region": "db"}    {"ok": true, "region": "db"}
-    {"do": "hold", "id": 3, "linger": 60}       {"ok": true, "region": "db", "read": true}
-    {"do": "release", "id": 3}          {"ok": true, "region": "db", "held": true}
-    {"do": "free-places"}               {"ok": true, "region": "db", "freed": 2}
-    {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
-
-A reload can take minutes, if memory is to be there from the start (prealloc). Until it is done, all
-other connections are answered; another reload and a takeover are refused.
-
-evict, hold-leaves, hold, release, free-places and status may name a region; a server of one region
-needs no name for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no
-messages until release, or until "linger" seconds (usually 60) after the connection has ended that
-asked for it (null: it does not end by that).
-free-places frees all places in the region's area for channels: its contents came from elsewhere, by
-a migration for instance. "freed" says how many there were.
-"read" says whether the peer has read all that it was sent: ask again until it has. "held" says
-whether there was something to release.
-
-What could not be done has changed nothing. The reply is {"ok": false, "error": TEXT, "code": CODE}:
-a line for people (what, why, what to do), and a word for programs, which stays the same from
-version to version. A program must take codes that it does not know.
-
-    bad-request      not a JSON object on one line, or one of more than 65,536 bytes
-    unknown-request  "do" is not a request that this server knows
-    bad-field        a field of the request has a value that is not allowed
-    not-allowed      this user is not heard: only root and the server's own user are
-    region-needed    the server has several regions, or none: "region" has to name one
-    no-such-region   no region of that name is served
-    no-such-peer     no peer with that id is connected to the region
-    busy             another reload is under way: ask again when it is done
-    bad-config       the configuration cannot be served; all stays as it was
-    system           the operating system refused something, a file for instance
-    internal         the server has a fault, which its log describes
-
-A program that reads replies must take fields that it does not know; "protocol" is raised when a
-known one changes its meaning. Times are seconds since the epoch, sizes are bytes. In a status
-
-    server   pid, uid, version, protocol, since, time (now), cpu (seconds used), resident (memory),
-             fds {open, limit}, pid_namespace (its inode: pids mean something to those inside)
-    region   name, socket, unreachable (why nobody can connect by that path; "": they can),
-             vectors, size, page_size, file_system (that the memory is on), source,
-             memory (name or path), memory_leads_to ("this", "nothing", "another": RegionInfo; "":
-             it has no name), paused (why newcomers wait; "": they do not), holds_leaves,
-             channels (bytes that are set aside for them, or 0),
-             counts {joins, leaves, messages, ..: since the start}, peers
-    peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
-             readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
-             it), stalled_since (null; or when it last read, if its socket is full), leaves_told
-             (how often it was told that somebody left), leaves_held (how often not), held (it is
-             sent no messages for now), held_until (null; or when that ends by itself), interrupts
-             (rings it has not taken, for each vector, looked at without taking them)
-
-Both sides ask the kernel who the other is, by SO_PEERCRED: the server hears root and its own user;
-a client takes answers from root and its own user, and root takes them from anybody.
+docs/reference/control-protocol.md describes the protocol: each request, code and field.
 
 Invariants:
 1. A request is checked whole before anything is done.
 2. Whatever a caller sends, and whatever fails on its behalf, the server continues.
-3. What `ControlClient.ask` returns has the fields and types above; REPLIES checks that.
+3. The server answers only root and its own user, by SO_PEERCRED, whatever mode the socket has.
+4. A reply has the fields and types that the page lists; `control_client.REPLIES` checks that.
 """
 
 from __future__ import annotations
@@ -128,8 +66,8 @@ if TYPE_CHECKING:
         def release(self, peer_id: int) -> bool: ...
         def asker_is_gone(self, asker: object) -> None: ...
 
-    class Served(Protocol):
-        """A region that is being served."""
+    class ControlledRegion(Protocol):
+        """What is asked of a region that is being served."""
 
         @property
         def server(self) -> Inspectable: ...
@@ -140,9 +78,9 @@ if TYPE_CHECKING:
         """Whatever serves regions; asked in the thread that makes the steps."""
 
         @property
-        def regions(self) -> Mapping[str, Served]: ...
+        def regions(self) -> Mapping[str, ControlledRegion]: ...
 
-    class Service(Regions, Protocol):
+    class ControlledService(Regions, Protocol):
         """The same, with a configuration."""
 
         @property
@@ -163,7 +101,7 @@ class Control(Uncopied):
     Args:
         listener: bound and, best, of mode MODE (see `listen`); closed with this object.
         handlers: more kinds of requests, or others for known ones, by the word after "do".
-        uids: the users who are heard; None: root and this process's.
+        uids: the users who are answered; None: root and this process's.
 
     The loop that serves the regions calls `step()` when `fileno()` is readable.
     """
@@ -171,7 +109,7 @@ class Control(Uncopied):
     def __init__(
         self,
         listener: Listener,
-        service: Service,
+        service: ControlledService,
         *,
         handlers: Mapping[str, Handler] | None = None,
         uids: frozenset[int] | None = None,
@@ -179,7 +117,7 @@ class Control(Uncopied):
         self._service = service
         self._uids = frozenset({0, os.geteuid()}) if uids is None else uids
         self._state = Status()
-        # Who has asked to hold which peers' news, and is still connected.
+        # Who has asked to hold back which peers' messages, and is still connected.
         self._askers: dict[Requester, set[tuple[str, int]]] = {}
         self._handlers: dict[str, Handler] = {
             "version": self._version,
@@ -223,7 +161,7 @@ class Control(Uncopied):
         self.listener.close()
 
     def bind_again(self) -> None:
-        """Have the socket's path, which leads elsewhere, lead to this one again.
+        """Bind the socket's path, which leads elsewhere, to this socket again.
 
         Raises:
             OSError: as of Listener.bind_again; nothing has changed.
@@ -241,7 +179,7 @@ class Control(Uncopied):
         if uid in self._uids:
             return None
         heard = " and ".join(map(str, sorted(self._uids)))
-        reason = f"uid {uid} is not heard here, only uid {heard}: be one of these"
+        reason = f"uid {uid} is not answered here, only uid {heard}: ask as one of these users"
         return as_line(_refusal(reason, "not-allowed"))
 
     def _answer(self, caller: Requester, request: bytes) -> bytes | None:
@@ -271,7 +209,7 @@ class Control(Uncopied):
     def _status(self, _: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peers = message.get("peers", True)
         if not isinstance(peers, bool):
-            raise ControlError(f'"peers" is {_shown(peers)}: true or false is allowed', "bad-field")
+            raise ControlError(f'"peers" is {_shown(peers)}: expected true or false', "bad-field")
         regions = self._service.regions
         if message.get("region") is not None:
             name, served = self._named(message)
@@ -388,7 +326,7 @@ class Control(Uncopied):
         _log.info("reloaded: %s", "; ".join(changes) or "nothing has changed", extra=told)
         return {"changes": changes}
 
-    def _named(self, message: Mapping[str, Any]) -> tuple[str, Served]:
+    def _named(self, message: Mapping[str, Any]) -> tuple[str, ControlledRegion]:
         """The region that a message means."""
         regions = self._service.regions
         name = message.get("region")

@@ -2,8 +2,9 @@
 
 Knows: the types of all replies, whose answers are trusted. Does not know: what a server does.
 
-`control.py` documents the protocol. A client takes answers from root and its own user, and root
-takes them from anybody. What `ControlClient.ask` returns has the documented fields and types.
+docs/reference/control-protocol.md describes the protocol. A client takes answers from root and its
+own user, and root takes them from anybody. What `ControlClient.ask` returns has the documented
+fields and types.
 """
 
 from __future__ import annotations

@@ -4,37 +4,7 @@ Knows: the figures' names and meaning, who may ask for them. Does not know: how 
 HTTP (wsgi.py does), the formats and encodings: prometheus-client's WSGI application does, a library
 that nothing else needs.
 
-    name                             type     meaning
-    ivshmem_info                     gauge    1; label: version
-    ivshmem_region_bytes             gauge    size of the shared memory
-    ivshmem_vectors                  gauge    of each peer
-    ivshmem_peers                    gauge    connected now
-    ivshmem_setting_up_peers         gauge    not sent their whole set-up yet
-    ivshmem_stalled_peers            gauge    whose socket is full: they do not read
-    ivshmem_longest_stall_seconds    gauge    since the one stalled longest last read; else 0
-    ivshmem_pending_messages         gauge    still to be sent, to all peers
-    ivshmem_pending_interrupts       gauge    rings that peers have not taken, over all vectors
-    ivshmem_pending_vectors          gauge    vectors with such rings (their number is whatever a
-                                              hostile peer writes there)
-    ivshmem_newcomers_waiting        gauge    1: newcomers are left in the queue; the log and
-                                              `ivshmem status` say why
-    ivshmem_joins_total              counter  peers that joined
-    ivshmem_leaves_total             counter  peers that left
-    ivshmem_messages_total           counter  messages of the protocol that were sent
-    ivshmem_refused_total            counter  connections that the access rules refused
-    ivshmem_starved_total            counter  times that sending had to wait for memory or
-                                              descriptors
-
-All but the first have the label "region". With `peers=True`, which makes as many series as there
-are ids in use, there are also, with the labels "region" and "peer" (its id):
-
-    ivshmem_peer_pending_messages    gauge    still to be sent to it
-    ivshmem_peer_stalled_seconds     gauge    since it last read, if its socket is full; else 0
-    ivshmem_peer_pending_interrupts  gauge    rings that it has not taken, over all vectors
-
-The process's own are prometheus-client's: process_cpu_seconds_total, process_open_fds,
-process_max_fds, process_resident_memory_bytes, process_virtual_memory_bytes,
-process_start_time_seconds.
+docs/reference/metrics.md lists the figures. Those of the process are prometheus-client's own.
 
 The loop that serves the regions serves the figures, too. So no figure is read while it changes, no
 thread takes the interpreter's time from that loop, and connections are bounded like those of the
@@ -84,7 +54,7 @@ DEFAULT_HOST = "127.0.0.1"
 PATH = "/metrics"
 _BACKLOG = 1024
 
-# Gauges with the label "region", in the order of the docstring.
+# Gauges with the label "region", in the order of the page.
 _GAUGES: dict[str, tuple[str, _Figure]] = {
     "ivshmem_region_bytes": ("Size of the shared memory", lambda s, _, __: s.region.size),
     "ivshmem_vectors": ("Vectors of each peer", lambda s, _, __: s.vectors),

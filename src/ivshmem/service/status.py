@@ -1,6 +1,7 @@
 """What a running server says of itself: its process, its regions, their peers.
 
-Knows: the fields of a status, which control.py documents. Does not know: who asks, and how.
+Knows: the fields of a status, which docs/reference/control-protocol.md lists. Does not know: who
+asks, and how.
 """
 
 from __future__ import annotations

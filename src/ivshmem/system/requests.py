@@ -130,7 +130,7 @@ class RequestServer(Uncopied):
             self._poller.wake()
 
     def relisten(self, bind: Callable[[], None]) -> None:
-        """Have `bind` put another socket in the listener's place."""
+        """Call `bind`, which replaces the listener's socket by another one."""
         events = descriptors.EPOLLIN if self._listening else 0
         self._poller.replace(self._listener.fileno(), bind, events)
 
