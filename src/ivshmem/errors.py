@@ -56,9 +56,10 @@
     RuntimeError
      +-- WorkerFailed                 a process of a benchmark ended, or got stuck
 
-`ivshmem` exports what stands above ConfigError. A module that is named beside a class
-exports that class and those below it. The others are internal: programs catch them by their base.
-A time limit that ran out before an object existed is the built-in TimeoutError.
+`ivshmem` exports what stands above ChannelError. A module that is named beside a class exports that
+class and those below it, except StepFailed, UnplugPending, UnplugRefused, AlreadyMigrated,
+WrongAnswer and QemuGone. These six, and all others, are internal: programs catch them by their
+base. A time limit that ran out before an object existed is the built-in TimeoutError.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from ivshmem.server import records
 from ivshmem.service import config_file, config_values, control_client, metrics
 
 IDS = [name_of(page) for page in PAGES]
-PUBLIC = ("aio", "guest", "testing", "migration", "config", "control")
+PUBLIC = ("aio", "channel", "config", "control", "guest", "migration", "testing")
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 # A guest's device has the interface of a client, so a client stands for it here.
@@ -377,6 +377,31 @@ def test_every_public_name_is_in_the_reference() -> None:
     for module in ("ivshmem", *(f"ivshmem.{name}" for name in PUBLIC)):
         for name in __import__(module, fromlist=["__all__"]).__all__:
             assert f"{module}.{name}" in text or hasattr(errors, name), f"{module}.{name}"
+
+
+def test_the_page_errors_says_who_exports_which() -> None:
+    doc = errors.__doc__ or ""
+    tree, _, text = doc.partition("\n`ivshmem` exports")
+    first, _, internal = text.partition("except ")
+    internal = internal.partition(". These six")[0]
+    # Depth, name and module of each class.
+    rows = re.findall(r"^    ([ |]*)(?:\+-- )?(\w+)(?:(?: .*)? (ivshmem\.\w+)$)?", tree, re.M)
+    names = [name for _, name, _ in rows]
+    above = names[: names.index(re.findall(r"above (\w+)\.", first)[0])]
+    assert set(above) == {name for name in ivshmem.__all__ if hasattr(errors, name)}
+    exported: dict[str, set[str]] = {}
+    module, depth = "", 0
+    for indent, name, home in rows[len(above) :]:
+        if home or len(indent) <= depth:
+            module, depth = home, len(indent)
+        if module:
+            exported.setdefault(module, set()).add(name)
+    excepted = set(re.findall(r"\w+", internal)) - {"and"}
+    assert len(excepted) == 6
+    for module, listed in exported.items():
+        public = __import__(module, fromlist=["__all__"]).__all__
+        assert listed - excepted == {name for name in public if hasattr(errors, name)}, module
+    assert excepted < set().union(*exported.values())
 
 
 # Parts of a class that the page of a class that it extends describes.
