@@ -163,11 +163,11 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_unplugging(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    told = parser.add_argument_group("what QEMU is told", argument_default=argparse.SUPPRESS)
+    told.add_argument(
         "--hold-leaves",
         action="store_const",
         const=True,
-        default=argparse.SUPPRESS,
         help="never send leave messages to QEMU, which can crash when a device that received one"
         " is unplugged. QEMU then keeps the eventfds of each peer that left",
     )

@@ -365,7 +365,7 @@ class VfioDevice(GuestDevice):
         else:
             self._listen_alone(relay)
 
-    def _read_news(self) -> NoReturn:
+    def _read_news(self) -> NoReturn:  # the only news that vfio has: the device is unplugged
         self._gone()
 
     def _decodes(self) -> bool:
@@ -469,7 +469,7 @@ class UioDevice(GuestDevice):
         else:
             self._map_resource(memory)
 
-    def _read_news(self) -> NoReturn:  # reads say EIO
+    def _read_news(self) -> NoReturn:  # a read said EIO: the driver has lost the device
         self._gone()
 
     def _decodes(self) -> bool:

@@ -247,7 +247,7 @@ class Region(Uncopied, mapping.Mapping):
         """Make a region in a file inside a directory; the file never has a name."""
         try:
             with new_files.NewFile(place, mode=mode) as draft:
-                draft.keep_nameless()
+                draft.publish_nameless()
         except OSError as error:
             raise OSError(error.errno, error.strerror, parts[3]) from None
         return cls._furnish(draft.file, *parts, None, prealloc)

@@ -82,7 +82,7 @@ class Connection(Uncopied):
             self.socket.shutdown(socket.SHUT_RD)
 
     def use_small_buffer(self) -> None:
-        """Have few messages in flight at a time; see SMALLEST_BUFFER."""
+        """Limit the messages in flight to a few; see SMALLEST_BUFFER."""
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALLEST_BUFFER)
 

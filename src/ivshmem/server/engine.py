@@ -327,7 +327,7 @@ class Engine(Uncopied):
         try:
             verdict = gate(who, None if asks else self._of_user[who.uid])
             if not isinstance(verdict, Verdict):
-                raise TypeError(f"a gate returns an access.Verdict, not {verdict!r}")
+                raise TypeError(f"a gate returns an ivshmem.Verdict, not {verdict!r}")
         except Exception as error:
             # Refuse: a gate is there to keep processes out, and this one could not decide.
             reason = f"the gate failed: {type(error).__name__}"
@@ -698,7 +698,7 @@ class Engine(Uncopied):
         self.paused = reason
 
     def relisten(self, bind: Callable[[], None]) -> None:
-        """Have `bind` put another socket in the listening one's place; in the thread of steps."""
+        """Call `bind`, which replaces the listening socket, in the thread that makes the steps."""
         self._poller.replace(self._listener.fileno(), bind)
         self._again = True  # `paused` may be wrong now
 

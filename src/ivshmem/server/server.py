@@ -479,7 +479,7 @@ class Server(Uncopied):
             self._ask(act)
 
     def relisten(self, bind: Callable[[], None]) -> None:
-        """Have `bind` put another socket in the listener's place; it must not use the server.
+        """Call `bind`, which replaces the listener's socket; it must not use the server.
 
         From any thread and callback; not from a signal handler.
         """

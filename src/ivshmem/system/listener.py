@@ -206,7 +206,7 @@ class Listener(Uncopied):
         group: int | str | None = None,
         note: Callable[[], object] = lambda: None,
     ) -> None:
-        """Have `path` lead to a new listening socket, in the place of the one that is here.
+        """Bind a new listening socket to `path`, and replace this object's socket with it.
 
         Its descriptor keeps its number. (An epoll object has to be told: see Server.relisten.)
 

@@ -220,8 +220,8 @@ class NewFile(Uncopied):
         place.create(os.O_WRONLY, 0o600).close()
         os.replace(name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
 
-    def keep_nameless(self) -> None:
-        """Let the caller keep the file, which will never have a name."""
+    def publish_nameless(self) -> None:
+        """Leave the file to the caller; it will never have a name."""
         if self._name is not None:
             os.unlink(self._name, dir_fd=self.place.fd)
             self._name = None

@@ -203,7 +203,7 @@ class Notifier(Uncopied):
         return self._tell({"STOPPING": 1, **_status(status)}, 0.5)
 
     def main_pid(self, pid: int) -> bool:
-        """The process whose end is the service's end is another now. Waits up to 5 seconds."""
+        """`pid` is the main process now: its end is the service's end. Waits up to 5 seconds."""
         return self._tell({"MAINPID": pid}, 5.0)
 
     def watchdog(self) -> bool:
@@ -217,8 +217,8 @@ class Notifier(Uncopied):
     ) -> int:
         """Have the manager keep duplicates, which `listen_fds` gives to the service's next process.
 
-        In which order it gives back those of one call, nobody knows: systemd 252 has them in a hash
-        set. Of two calls the order is kept, or reversed.
+        The manager returns the descriptors of one call in any order (systemd 252 has them in a hash
+        set). It returns the groups of several calls in the order of the calls, or in reverse.
 
         Args:
             name: what `listen_fds` calls them, see `check_name`.
