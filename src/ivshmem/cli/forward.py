@@ -207,7 +207,7 @@ def _run(options: argparse.Namespace) -> int:
         endpoint: Endpoint = place.enter_context(endpoints.opened(options))
         if stdio:
             return _run_stdio(options, endpoint, stdio[0])
-        with Sockets() as sockets, _Service(len(configs)) as service:
+        with Sockets() as sockets, _ForwardService(len(configs)) as service:
             with signals.calling(service.stop):
                 forwarder = None
                 while True:
@@ -248,7 +248,7 @@ def _run_stdio(options: argparse.Namespace, endpoint: Endpoint, name: str) -> in
     return 0
 
 
-class _Service(Uncopied):
+class _ForwardService(Uncopied):
     """One Forwarder after the other, as a service manager sees them: that they begin, live and end.
 
     Args:
@@ -300,7 +300,7 @@ class _Service(Uncopied):
         if self._forwarder is not None:
             self._forwarder.stop()
 
-    def __enter__(self) -> _Service:
+    def __enter__(self) -> _ForwardService:
         return self
 
     def __exit__(self, *error: object) -> None:
