@@ -1,4 +1,4 @@
-"""Ends of a channel that another process removed by force: who waits there is told."""
+"""A channel that another process removed: who waits there is told, and nobody gets another one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.waiting import PATIENCE, until
 
 from ivshmem import ClosedError, Directory, Region, channel
-from ivshmem.channel import Channels
+from ivshmem.channel import Channels, NoSuchChannel, records
 
 
 @pytest.fixture
@@ -123,3 +123,63 @@ def test_calls_that_do_not_wait(channels: Channels) -> None:
                 call()
         writer.put(b"new")
         assert reader.get(0) == b"new"
+
+
+# -- the same name, and another channel by now ----------------------------------------------------
+
+ENDS = {
+    "messages": ("writer", "reader"),
+    "queue": ("writer", "reader"),
+    "value": ("writer", "reader"),
+    "calls": ("caller", "server"),
+    "bytes": ("listen", "connect"),
+}
+
+
+def make(channels: Channels, kind: str) -> Any:
+    size = {"buffer": 64} if kind == "bytes" else {"limit": 8}
+    return getattr(channels, f"create_{kind}")("name", **size)
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_ends_of_a_channel_that_was_made_anew(channels: Channels, kind: str) -> None:
+    """Neither of another kind, nor of the same, are they ends of the new one."""
+    found = make(channels, kind)
+    for other in ENDS:
+        channels.remove("name")
+        made = make(channels, other)
+        for end in ENDS[kind]:
+            with pytest.raises(ClosedError, match="'name' was removed"):
+                getattr(found, end)()
+        with pytest.raises(NoSuchChannel):
+            found.remove()
+        assert [info.kind for info in channels.list()] == [other]
+        getattr(made, ENDS[other][0])().close()
+
+
+def test_another_type_by_now(channels: Channels) -> None:
+    """Else a reader would take whole numbers for floats."""
+    found = channels.create_messages("name", dtype="<f4", shape=(4,))
+    channels.remove("name")
+    channels.create_messages("name", dtype="<i4", shape=(4,))
+    with pytest.raises(ClosedError, match="was removed"):
+        found.reader()
+
+
+def test_another_process_made_it_anew_before_the_creator_has_it(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The creator gets what it created, which is not there any more."""
+    create = records.create
+
+    def create_and_lose(*args: Any) -> Any:
+        made = create(*args)
+        monkeypatch.undo()
+        channels.remove("name")
+        make(channels, "bytes")
+        return made
+
+    monkeypatch.setattr(records, "create", create_and_lose)
+    found = make(channels, "messages")
+    with pytest.raises(ClosedError, match="was removed"):
+        found.writer()

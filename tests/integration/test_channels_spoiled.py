@@ -1,4 +1,4 @@
-"""A word that another process spoils while a call waits for it: the call raises, no more."""
+"""What another process spoils: a word while a call waits for it, or a record. Calls raise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.channel_records import Record
 from support.channel_waits import FULL, WAITS, Pair
 from support.waiting import Background
 
-from ivshmem import Directory, Region, channel
+from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import ChannelCorrupt
 from ivshmem.errors import IvshmemError
 from ivshmem.native.areas import find_area
@@ -85,3 +86,42 @@ def test_a_call_that_waits(what: str) -> None:
         if what in CORRUPTED and not found:  # the machine is busy
             found = [at for at in changed if spoils(region, begin, what, at, 1.0)]
     assert bool(found) == (what in CORRUPTED)
+
+
+# -- records --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    with Region.create(SIZE) as region:
+        Directory.create(region, channels=SIZE // 2).close()
+        yield region
+
+
+def test_a_record_that_says_another_kind(region: Region) -> None:
+    """Its state and its CRC are right: a writer of messages finds a channel of bytes there."""
+    with channel.open(region) as channels:
+        found = channels.create_messages("name", limit=64)
+        Record(region, "name").tell(
+            kind=5,
+            overflow=0,
+            writers=1,
+            readers=1,
+            slots=1 << 16,
+            loans=1,
+            views=1,
+            limit=1,
+            units=40,
+        )
+        assert [info.kind for info in channels.list()] == ["bytes"]  # so what it says is allowed
+        for end in (found.writer, found.reader):
+            with pytest.raises(ClosedError, match="'name' was removed"):
+                end()
+
+
+def test_a_record_that_says_another_limit(region: Region) -> None:
+    with channel.open(region) as channels:
+        found = channels.create_queue("name", limit=64)
+        Record(region, "name").tell(limit=32)
+        with pytest.raises(ClosedError, match="'name' was removed"):
+            found.reader()

@@ -129,9 +129,9 @@ def end_of_a_channel(kind: str) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "Membership": lambda: channels._membership,
         "Wakeup": lambda: Wakeup(channels._member),
-        "WriterEnd": lambda: WriterEnd(channels, channels._member, 0, "messages"),
-        "ReaderEnd": lambda: ReaderEnd(channels, channels._member, 0, "messages", None, 1),
-        "ClaimingEnd": lambda: ClaimingEnd(channels, channels._member, 1, "queue"),
+        "WriterEnd": lambda: WriterEnd(channels, channels._member, messages._facts),
+        "ReaderEnd": lambda: ReaderEnd(channels, channels._member, messages._facts, None, 1),
+        "ClaimingEnd": lambda: ClaimingEnd(channels, channels._member, queue._facts),
         "Writer": messages.writer,
         "Loan": lambda: messages.writer().loan(),
         "Reader": messages.reader,

@@ -331,8 +331,8 @@ class Channels(Uncopied):
                     check_same(found, kind.kind, name, text, geometry)
                     return kind(self, self._member, found)
             try:
-                records.create(self._member, name, geometry, text.encode())
-                return kind(self, self._member, records.find(self._member, name))
+                made = records.create(self._member, name, geometry, text.encode())
+                return kind(self, self._member, made)
             except ChannelExists:
                 if not exist_ok:
                     raise  # else another process was quicker

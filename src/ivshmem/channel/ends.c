@@ -2570,7 +2570,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ivshmem/channel/ends.pxd":21
+/* "ivshmem/channel/ends.pxd":24
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3545,6 +3545,12 @@ static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_deal
 /* CallNextTpTraverse.proto */
 static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
 
+/* FunctionExport.proto */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
+
+/* GetApiDict.proto */
+static PyObject *__Pyx_ApiExport_GetApiDict(void);
+
 /* PyObjectCallMethod0.proto (used by PyType_Ready) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
 
@@ -4027,8 +4033,8 @@ static int64_t (*__pyx_f_7ivshmem_6native_4spin_spin_of)(PyObject *); /*proto*/
 /* Module declarations from "ivshmem.channel.ends" */
 static int64_t __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 static int64_t __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE;
-static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_4ends_was_removed(PyObject *); /*proto*/
+static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.ends"
@@ -4128,7 +4134,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[85];
+    PyObject *__pyx_string_tab[87];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4218,46 +4224,48 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_main __pyx_string_tab[42]
 #define __pyx_n_u_module __pyx_string_tab[43]
 #define __pyx_n_u_name __pyx_string_tab[44]
-#define __pyx_n_u_pyx_state __pyx_string_tab[45]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[46]
-#define __pyx_n_u_qualname __pyx_string_tab[47]
-#define __pyx_n_u_reduce __pyx_string_tab[48]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[49]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[50]
-#define __pyx_n_u_set_name __pyx_string_tab[51]
-#define __pyx_n_u_setstate __pyx_string_tab[52]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[53]
-#define __pyx_n_u_test __pyx_string_tab[54]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[55]
-#define __pyx_n_u_add __pyx_string_tab[56]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[57]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[58]
-#define __pyx_n_u_close __pyx_string_tab[59]
-#define __pyx_n_u_closed __pyx_string_tab[60]
-#define __pyx_n_u_error __pyx_string_tab[61]
-#define __pyx_n_u_errors __pyx_string_tab[62]
-#define __pyx_n_u_fileno __pyx_string_tab[63]
-#define __pyx_n_u_id __pyx_string_tab[64]
-#define __pyx_n_u_items __pyx_string_tab[65]
-#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[66]
-#define __pyx_n_u_membership __pyx_string_tab[67]
-#define __pyx_n_u_pop __pyx_string_tab[68]
-#define __pyx_n_u_readonly __pyx_string_tab[69]
-#define __pyx_n_u_ref __pyx_string_tab[70]
-#define __pyx_n_u_self __pyx_string_tab[71]
-#define __pyx_n_u_setdefault __pyx_string_tab[72]
-#define __pyx_n_u_values __pyx_string_tab[73]
-#define __pyx_n_u_wakeup __pyx_string_tab[74]
-#define __pyx_n_u_weakref __pyx_string_tab[75]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[76]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[77]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[78]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[79]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[80]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[81]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[82]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[83]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[84]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[45]
+#define __pyx_n_u_pyx_state __pyx_string_tab[46]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[47]
+#define __pyx_n_u_qualname __pyx_string_tab[48]
+#define __pyx_n_u_reduce __pyx_string_tab[49]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[50]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[51]
+#define __pyx_n_u_set_name __pyx_string_tab[52]
+#define __pyx_n_u_setstate __pyx_string_tab[53]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[54]
+#define __pyx_n_u_test __pyx_string_tab[55]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
+#define __pyx_n_u_add __pyx_string_tab[57]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[59]
+#define __pyx_n_u_close __pyx_string_tab[60]
+#define __pyx_n_u_closed __pyx_string_tab[61]
+#define __pyx_n_u_error __pyx_string_tab[62]
+#define __pyx_n_u_errors __pyx_string_tab[63]
+#define __pyx_n_u_fileno __pyx_string_tab[64]
+#define __pyx_n_u_id __pyx_string_tab[65]
+#define __pyx_n_u_items __pyx_string_tab[66]
+#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[67]
+#define __pyx_n_u_membership __pyx_string_tab[68]
+#define __pyx_n_u_pop __pyx_string_tab[69]
+#define __pyx_n_u_readonly __pyx_string_tab[70]
+#define __pyx_n_u_ref __pyx_string_tab[71]
+#define __pyx_n_u_self __pyx_string_tab[72]
+#define __pyx_n_u_setdefault __pyx_string_tab[73]
+#define __pyx_n_u_values __pyx_string_tab[74]
+#define __pyx_n_u_wakeup __pyx_string_tab[75]
+#define __pyx_n_u_weakref __pyx_string_tab[76]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[77]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[78]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[79]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[80]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[81]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[82]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[83]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[84]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4 __pyx_string_tab[85]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[86]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4298,7 +4306,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<85; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<87; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4346,7 +4354,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<85; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<87; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -11257,7 +11265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pxd":23
+/* "ivshmem/channel/ends.pxd":26
  * cdef class ChannelEnd(Dependent):
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected             # <<<<<<<<<<<<<<
@@ -11324,7 +11332,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8channels___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pxd":24
+/* "ivshmem/channel/ends.pxd":27
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected
  *     cdef readonly str name  # of the channel             # <<<<<<<<<<<<<<
@@ -11906,11 +11914,39 @@ static int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_export_code", 0);
   /*--- Function export code ---*/
+  {
+    __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_PyObject_was_removed);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_export_name = __pyx_export_signature + 23;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_4ends_was_removed, (void (*)(void)) NULL};
+    void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
+    const char *__pyx_export_current_signature = __pyx_export_signature;
+    while (*__pyx_export_pointer) {
+      if (__Pyx_ExportFunction(__pyx_t_1, __pyx_export_name, *__pyx_export_pointer, __pyx_export_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_export_pointer;
+      __pyx_export_name = strchr(__pyx_export_name, '\0') + 1;
+      __pyx_export_signature = strchr(__pyx_export_signature, '\0') + 1;
+      if (*__pyx_export_signature != '\0') __pyx_export_current_signature = __pyx_export_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_mstatetype *__pyx_mstate) {
@@ -12547,7 +12583,7 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   /*--- Global type/function init code ---*/
   (void)__Pyx_modinit_Global_init_code(__pyx_mstate);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12822,38 +12858,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{11},{126},{91}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{34},{32},{28},{9},{9},{22},{7},{11},{126},{91}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (782 bytes) */
-static const char cstring[] = "x\332mSKo\0231\020n$\204\n\244\274\324\003\307AH\224gP\245\250<\204@U[\236Ri\271p\264\034{\322\230:\366\326\366\246Yq\3511\307=\356q\217=\362sr\344\047\360\023\030{\223\264P\"e=\236\371\346\233\247Apcl\200\036\202\260\231B\t\326A\246\304\241F\371\nl\206\0068\331\007\350\300\032\204c\022\020T\000\345\301 J\302\223$\264\365\321\263\017p\314=8\034\332\021\312\007\301!B\337\361\203!\232\360\360\311\014\326y\255F~0\304aG\014(6\352\316\233\267\273\304\275k\003B\030\360\000[E\030X\023\211%j\325C\307\003\352\002|pJ\004J\204@\006\366v\366\236v_t);I\001\277\243\010\036|\336\023\232{\217>\346\322\313\225\016\312@(2\364\035\370\330\207\302\346)k\010\0262\302\235w\240\022\rx\014Q\200\265\324\024\036\2245\214\334\2259X\003\251\034\005Q#\214\336\357\270\366\330\341\300\245d\204\304Y)\004\362\274\247\021M\374\036\010\345\033I\316KF\347\254\363\263\333\263\231\32734\322w\262bl,U\334\347\271\016\300\230C\231\013d\014d\236B\032k\236R\007F\212k\262\neT`,&K\336\231U&\234M\"\014H\334j\310w\214<\223:\214\321(\3201\366\267n\034\271\376R\315\243\237S&\356s\367\276\322h\354V\212\270\023\353\372\306\0171\317\232\357\031\205H\323dl\241\247&{\352\355\005K\303\307\330^1\246\3776\315\232\355\3428|\305>c\263yPB\213\n\346i3\326\317\215\210\347\301\234\230~C\256L:\255\314u\322\030>L\047\365\231\315`Q\034\2058\240h8\312\271\236\203\346\345_\250b\241\300q\274P-\013b\177.\374\205\032iT\350c\266\3123a\235\315i3\221\266\207\373\302\010e;\013\235\027\232\276\214\262\017\216\013\354qq\230\032\337L6\355O\263DM\273\224T\001\207\376\337\047\0257\212\356\364v\374@e\231\315\034\005\263F\027\016\373\0365\375\303l\323F\\\347\350\217\323\010\216\221\037\022\200vi\243\313\002<\330+\276\364\342\313\202G\017\227$\021\244\314\354\377\355\236^\t\331NZ\323KW\047\217\313\375\223\315\351r{\362\256\274\033\205\353\023U\036M\3337\313V\271Z\356\227X\255G\355\215\311\321\311\346/:B\271Q\335:\331\374}y\351J{\322\245\353\372\264\275\022\335?\224\211\345S)\253\0475\237._#k\342\271Vm\324\267\353\365F\363\243zTo\325\341\264{\032~""\256G\353r\325\232\203n\315!k$&\335\313:q~.\363j\273nE\226\372\375)\345\363\373\316\322\225\225\230p\3431.}u7z\\\255\356\023l\265\336o\364)\271\310\223\216v\2659m\307\002\272\004\277W\355Oo\256\226\237\253\342\2645Me=\217\276\177\000\177)\rp";
-    PyObject *data = __Pyx_DecompressString(cstring, 782, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (803 bytes) */
+static const char cstring[] = "x\332mSKo\0337\020\266\200\240pb\245y\300\207\036\047(P\047i\242\300\200\3404A\220\302p\234\266\t\340\330\271\344HP\344\254\305\230\"\327$W\326\242\027\037u\334\343\036\367\350c\177\216\216\375\t\371\t\035r\265\262\035W\200\226\303y|\363\315\203 \27016\300\010A\330\\\241\004\353 W\342D\243|\r6G\003\234\354ct`\r\302\031\t\010*\200\362`\020%\371\223$\264\36512\0038\343\036\034N\354\024\345\343\340\020!s\374x\202&<y\266t\033\274QS?\236\340d \306\224\033\365\340\355\357\007\204}`\003B\030\363\000{e\030[\023\201%j5B\307\003\352\022|pJ\004\"BN\006\016\367\017\237\017\177\033\022;I\t\277\242\010\036|1\022\232{\217>r\031\025J\007e \2249\372\001\374\225Ai\213\304\032\202\205\234\374\256\006P\211\006<\206(\300Vj\n\017\312\032F\341\312\034o\201T\216\222\250)\306\350\367\\{\034p\340R2\362\304e)\344\344\371H#\232\370=\026\312\267\222\354JF\347\254\363\313\333\213e\324\0134\322\017\362rf,U\234\361B\007`\314\241,\0042\006\262H)\2155\317\251\003S\3055Y\2052*0\026\311Rtn\225\t\227\223\010c\022\367Z\360}#/\245\001c4\nt\214]\327\315\"\3265U\227\375\2122a_\271gJ\243\261{)\343~\254\353\013?\301\"o\277\227\020\"M\223\261\225\236\232\354\251\2677,-\036c\207\345\214\376\357h\326\354\000g\3413f\214-\347A\204V\025t\264\031\313\n#\342y\334\001\323o\302\225I\247\225\205N\032\303\047\351\244>3\301s\325\311\313\220(NC\034V4\234\026\\w\001]+nT\264R\340,^\250\256U\022\177\205\312\215zil\350#s\345\231\260\316\026\264\245H\233\304}i\204\262\203\225\316\013M_F\225\004\307\005\216\2708ICh\247\234v\251]\250\266uJ\252\200\023\377\375\363\212\333EwzG~\254\362\334\346\216\222Y\243K\207\231GM\377\260\334\272)\327\005\372\2634\2163\344\047\344pX~\032\305\307\005O\037_\212O\326\350\231\263\3453\247\315\333\031\262\000\327\354\222R$\3566\373_\273\2477E\266\363\336\342\326\235\371\257\325\321\371\356b\275?\177_=\212\302\217sU\235.\372\367\253^\265Y\035UXoG\355\275\371\351\371\356\277t\204j\247~p\276\373\355\207\265\333\375\371\220\256\333\213\376\335\030\376g\225P>T\262~\326\360\305\372\006Y\023\316F\275\323<l""\266[\315\337\365\323f\257\t\027\303\213\360\317v\264\256\327\275\316\351A\347\262Eb\322\275j\022\346\307\252\250\3375\275\210\322\374qA|\276\375\264v\373n$\334F\314*_?\212\021w\352_\310m\2639j\365\211\\\304IG\277\336]\364c\001Cr\377\271>Z\334\337\254>\326\345Eo\221\312z\031c\377\003/\201\036\n";
+    PyObject *data = __Pyx_DecompressString(cstring, 803, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1027 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\311m:\002\345 _ \004\007\001vt<\255A;\001qual\035\005\365%L\265\016\217Fexo\001\256`_Q\005\261st\010\323\016\250@es\256@_\377is_corou\357tine\273`asy\337ncio.\013\006sc\365l\027\000_\273\000trac\037eback\332\205\002\336\205\003\273b\374\277c\371#iditem\371s\303\205\r\316amembe\377rshippop\375rj\000onlyre\257fsel\001\000t\343dv\277aluesw\266Bw\347eak\036\000\311`64_\177t (PyOb\326\205\001\237 *)\000d\253\000\225\002o\355f\013\022sp\356 of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360""\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230A\353\330\014\275\0014,\000#\230Q\377\330\020\024\220K\230y\250\013\001\330\322\00278\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1027, 1379);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1048 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@\335C\330#End\000\007._\275_\210@er__\006\013x\300H\001\032\nv\0051\010\341BA\010fi_lenoC\367BE\324\001\277Wakeup\000\003.\232\270\006c\311B__\017\006\342 s\345t\320@_\013\014J\003__P\353yx\001\000D\351@_Ne\177xtRef__\211D\360\214 \271\006\310\000\262\002__fu\377nc____geytS\003\n\000main\020\001\337modul2\002na\371m:\002\345 _capi0.\001\010\001,\004\023\001vt\271AG\001\017qual)\005\201E\301\016\233FSex{\001\272`_]\005s\200\010\354\337\016\264@es\272@_is\377_corouti\373ne\307`asyncwio.\013\006scl\027\000\375_\307\000traceb\007ack\346\205\002\352\205\003\307b\313c\205C\177iditems\317\205\r\376\332amembers\177hippoprj\000\377onlyrefs\353el\001\000t\357dval\357uesw\302Bwea\275k\036\000PyOb\331\205\001 \373*(\001\007)\000was\371_\340\206\004\367`64_t \262\023\nd\315\000\267\002of\013\022s\375p\234@of\200\001\330\004\377\n\210+\220Q\200A\330\277\010\014\210F\220!\005\001\016\377\210i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3751\033\001\017\210q\200A\340\377\010\017\210t\2206\230\021\377\200A\360\006\000\t\014\210\2754\014\0001\330\014\r;\001H\375\220A\002J\220d\230,\240\317a\330\010\013\033\000C\002\013\230\3376\240\022\2401\014\003{\230\377*\240C\240t\2504\250\373t\2607\000\020\220\010\230\001ti\001!\001\021\033\005\047\240\021\016\003\3739\240\225\002K""\220u\230D\273\240\001B\001\240G\250\215\000\360\317\030\000\t\r\255\001a\003x\220ws\230!\257\001\n\230&$\000\267\024\240Qy\003t\220^\002\013}\230e\002\014\230A\330\014\275\001\3754,\000#\230Q\330\020\024\177\220K\230y\250\001\330\322\002\00178\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1048, 1425);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1379 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1425 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefPyObject *(PyObject *)\000was_removedint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001""\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 76; i++) {
+    for (int i = 0; i < 77; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 25) PyUnicode_InternInPlace(&string);
@@ -12864,8 +12900,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 76; i < 85; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-76].length;
+    for (int i = 77; i < 87; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-77].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12875,15 +12911,15 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 85; i++) {
+    for (Py_ssize_t i = 0; i < 87; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 76;
-      for (Py_ssize_t i=0; i<9; ++i) {
+      PyObject **table = stringtab + 77;
+      for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15329,6 +15365,44 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
     if (type && tp_traverse)
         return tp_traverse(obj, v, a);
     return 0;
+}
+
+/* FunctionExport */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
+    PyObject *cobj;
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    tmp.fp = f;
+    cobj = PyCapsule_New(tmp.p, sig, 0);
+    if (!cobj)
+        goto bad;
+    if (PyDict_SetItemString(api_dict, name, cobj) < 0)
+        goto bad;
+    Py_DECREF(cobj);
+    return 0;
+bad:
+    Py_XDECREF(cobj);
+    return -1;
+}
+
+/* GetApiDict */
+static PyObject *__Pyx_ApiExport_GetApiDict(void) {
+    PyObject *d;
+    if (__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_capi, &d) == -1)
+        return NULL;
+    if (!d) {
+        d = PyDict_New();
+        if (!d)
+            goto bad;
+        if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_pyx_capi, d) < 0)
+            goto bad;
+    }
+    return d;
+bad:
+    Py_XDECREF(d);
+    return NULL;
 }
 
 /* PyObjectCallMethod0 (used by PyType_Ready) */

@@ -18,6 +18,9 @@ cdef class Wakeup:
     cdef int clear(self) except -1
 
 
+cdef object was_removed(str name)
+
+
 cdef class ChannelEnd(Dependent):
     cdef Membership membership
     cdef readonly object channels  # keeps the membership from being collected

@@ -66,7 +66,7 @@ class Channel:
             return False
 
     def _open(self, kind: Callable[..., Any], *args: Any) -> Any:
-        return kind(self._channels, self._membership, self._facts["index"], self.name, *args)
+        return kind(self._channels, self._membership, self._facts, *args)
 
     def _type_for(self, pickle: bool) -> types.ArrayType | Pickled | None:
         if not pickle:
@@ -95,7 +95,7 @@ class Channel:
             ChannelError: it is in use.
             NoSuchChannel: it was removed before.
         """
-        records.remove(self._membership, self._facts["index"], self.name, force)
+        records.remove(self._membership, self._facts, force)
 
     def __repr__(self) -> str:
         return f"<ivshmem.channel.{type(self).__name__} {self.name!r}>"

@@ -1253,8 +1253,8 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __PYX_HAVE_API__ivshmem__channel__records
 /* Early includes */
 #include <stdint.h>
-#include <string.h>
 #include "ivshmem_channel.h"
+#include <string.h>
 #include <stdio.h>
 #include <errno.h>
 #include <time.h>
@@ -2071,7 +2071,7 @@ struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
 struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
+struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
 struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
 struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
 struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
@@ -2543,17 +2543,17 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 /* "ivshmem/channel/records.pyx":146
  * 
  * 
- * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry
- *     return {
 */
-struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts {
+struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of {
   PyObject_HEAD
   struct ivshmem_geometry __pyx_v_g;
 };
 
 
-/* "ivshmem/channel/records.pyx":153
+/* "ivshmem/channel/records.pyx":154
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -2562,7 +2562,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 */
 struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
   PyObject_HEAD
-  struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *__pyx_outer_scope;
+  struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *__pyx_outer_scope;
   PyObject *__pyx_genexpr_arg_0;
   PyObject *__pyx_v_bit;
   PyObject *__pyx_v_name;
@@ -2573,7 +2573,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
 };
 
 
-/* "ivshmem/channel/records.pyx":203
+/* "ivshmem/channel/records.pyx":204
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2586,7 +2586,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":254
+/* "ivshmem/channel/records.pyx":255
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -3769,7 +3769,7 @@ static PyObject *__Pyx_GetBuiltinNext_LimitedAPI(void);
 static CYTHON_INLINE PyObject *__Pyx_PyIter_Next2(PyObject *, PyObject *);
 
 /* PyObjectCompare.proto */
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop);
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_int_object(PyObject *op1, PyObject *op2, int pyop);
 
 /* CheckTypeForFreelists.proto */
 #if CYTHON_USE_FREELISTS
@@ -3805,6 +3805,12 @@ static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *cons
 #else
 static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
+
+/* FunctionExport.proto */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
+
+/* GetApiDict.proto */
+static PyObject *__Pyx_ApiExport_GetApiDict(void);
 
 /* GetTypeDictOffset.proto (used by ValidateBasesTuple) */
 #if !CYTHON_USE_TYPE_SLOTS
@@ -4054,9 +4060,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
-
-/* CIntFromPy.proto */
 static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntFromPy.proto */
@@ -4070,6 +4073,9 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
@@ -4296,9 +4302,9 @@ static int __Pyx_State_RemoveModule(void*);
 
 /* Module declarations from "libc.stdint" */
 
-/* Module declarations from "libc.string" */
-
 /* Module declarations from "ivshmem.channel.header" */
+
+/* Module declarations from "libc.string" */
 
 /* Module declarations from "libc.stdio" */
 
@@ -4332,9 +4338,9 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.records" */
 static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name;
 static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number;
+static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_record *); /*proto*/
 static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(PyObject *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record *); /*proto*/
 static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *, struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t); /*proto*/
@@ -4352,19 +4358,19 @@ static const char __pyx_k_Internal_the_table_of_channels_o[] = "Internal: the ta
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_geometry); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name, PyObject *__pyx_v_geometry, PyObject *__pyx_v_text); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, int __pyx_v_force); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyObject *o, 
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -4372,13 +4378,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts __pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts
+#define __pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of __pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
@@ -4488,11 +4494,11 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
-    PyObject *__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
+    PyObject *__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
     PyObject *__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
     PyObject *__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
     PyObject *__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
@@ -4502,7 +4508,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[155];
+    PyObject *__pyx_string_tab[157];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4517,8 +4523,8 @@ PyObject *__Pyx_GetBuiltinNext_LimitedAPI_cache;
 
 
 #if CYTHON_USE_FREELISTS
-struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts[8];
-int __pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
+struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of[8];
+int __pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
 #endif
 
 #if CYTHON_USE_FREELISTS
@@ -4632,109 +4638,111 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_main __pyx_string_tab[49]
 #define __pyx_n_u_module __pyx_string_tab[50]
 #define __pyx_n_u_name_2 __pyx_string_tab[51]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[52]
-#define __pyx_n_u_qualname __pyx_string_tab[53]
-#define __pyx_n_u_test __pyx_string_tab[54]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[55]
-#define __pyx_n_u_append __pyx_string_tab[56]
-#define __pyx_n_u_area __pyx_string_tab[57]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[59]
-#define __pyx_n_u_bit __pyx_string_tab[60]
-#define __pyx_n_u_block __pyx_string_tab[61]
-#define __pyx_n_u_bytes __pyx_string_tab[62]
-#define __pyx_n_u_calls __pyx_string_tab[63]
-#define __pyx_n_u_channel_2 __pyx_string_tab[64]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[65]
-#define __pyx_n_u_close __pyx_string_tab[66]
-#define __pyx_n_u_closing __pyx_string_tab[67]
-#define __pyx_n_u_code __pyx_string_tab[68]
-#define __pyx_n_u_connections __pyx_string_tab[69]
-#define __pyx_n_u_create __pyx_string_tab[70]
-#define __pyx_n_u_created __pyx_string_tab[71]
-#define __pyx_n_u_decode __pyx_string_tab[72]
-#define __pyx_n_u_discard __pyx_string_tab[73]
-#define __pyx_n_u_encode __pyx_string_tab[74]
-#define __pyx_n_u_encoded __pyx_string_tab[75]
-#define __pyx_n_u_errors __pyx_string_tab[76]
-#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[77]
-#define __pyx_n_u_find __pyx_string_tab[78]
-#define __pyx_n_u_force __pyx_string_tab[79]
-#define __pyx_n_u_format_size __pyx_string_tab[80]
-#define __pyx_n_u_found __pyx_string_tab[81]
-#define __pyx_n_u_free __pyx_string_tab[82]
-#define __pyx_n_u_g __pyx_string_tab[83]
-#define __pyx_n_u_genexpr __pyx_string_tab[84]
-#define __pyx_n_u_geometry __pyx_string_tab[85]
-#define __pyx_n_u_get __pyx_string_tab[86]
-#define __pyx_n_u_gone __pyx_string_tab[87]
-#define __pyx_n_u_i __pyx_string_tab[88]
-#define __pyx_n_u_index __pyx_string_tab[89]
-#define __pyx_n_u_items __pyx_string_tab[90]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[91]
-#define __pyx_n_u_kind __pyx_string_tab[92]
-#define __pyx_n_u_layout __pyx_string_tab[93]
-#define __pyx_n_u_limit __pyx_string_tab[94]
-#define __pyx_n_u_listing __pyx_string_tab[95]
-#define __pyx_n_u_loans __pyx_string_tab[96]
-#define __pyx_n_u_membership __pyx_string_tab[97]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[98]
-#define __pyx_n_u_messages __pyx_string_tab[99]
-#define __pyx_n_u_most __pyx_string_tab[100]
-#define __pyx_n_u_n __pyx_string_tab[101]
-#define __pyx_n_u_name __pyx_string_tab[102]
-#define __pyx_n_u_next __pyx_string_tab[103]
-#define __pyx_n_u_open __pyx_string_tab[104]
-#define __pyx_n_u_options __pyx_string_tab[105]
-#define __pyx_n_u_overflow __pyx_string_tab[106]
-#define __pyx_n_u_overwrite __pyx_string_tab[107]
-#define __pyx_n_u_places __pyx_string_tab[108]
-#define __pyx_n_u_plain __pyx_string_tab[109]
-#define __pyx_n_u_pop __pyx_string_tab[110]
-#define __pyx_n_u_published __pyx_string_tab[111]
-#define __pyx_n_u_queue __pyx_string_tab[112]
-#define __pyx_n_u_quoted __pyx_string_tab[113]
-#define __pyx_n_u_readers __pyx_string_tab[114]
-#define __pyx_n_u_reading __pyx_string_tab[115]
-#define __pyx_n_u_record __pyx_string_tab[116]
-#define __pyx_n_u_remove __pyx_string_tab[117]
-#define __pyx_n_u_replace __pyx_string_tab[118]
-#define __pyx_n_u_ring_always __pyx_string_tab[119]
-#define __pyx_n_u_room __pyx_string_tab[120]
-#define __pyx_n_u_send __pyx_string_tab[121]
-#define __pyx_n_u_setdefault __pyx_string_tab[122]
-#define __pyx_n_u_silent __pyx_string_tab[123]
-#define __pyx_n_u_size __pyx_string_tab[124]
-#define __pyx_n_u_size_of __pyx_string_tab[125]
-#define __pyx_n_u_sleep __pyx_string_tab[126]
-#define __pyx_n_u_slots __pyx_string_tab[127]
-#define __pyx_n_u_state __pyx_string_tab[128]
-#define __pyx_n_u_taken __pyx_string_tab[129]
-#define __pyx_n_u_text __pyx_string_tab[130]
-#define __pyx_n_u_throw __pyx_string_tab[131]
-#define __pyx_n_u_time __pyx_string_tab[132]
-#define __pyx_n_u_time_ns __pyx_string_tab[133]
-#define __pyx_n_u_times __pyx_string_tab[134]
-#define __pyx_n_u_tries __pyx_string_tab[135]
-#define __pyx_n_u_type __pyx_string_tab[136]
-#define __pyx_n_u_unfinished __pyx_string_tab[137]
-#define __pyx_n_u_unit __pyx_string_tab[138]
-#define __pyx_n_u_units __pyx_string_tab[139]
-#define __pyx_n_u_update __pyx_string_tab[140]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[141]
-#define __pyx_n_u_value __pyx_string_tab[142]
-#define __pyx_n_u_values __pyx_string_tab[143]
-#define __pyx_n_u_views __pyx_string_tab[144]
-#define __pyx_n_u_writers __pyx_string_tab[145]
-#define __pyx_n_u_writing __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_fA_vQa_uAQa_q __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[154]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[52]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
+#define __pyx_n_u_qualname __pyx_string_tab[54]
+#define __pyx_n_u_test __pyx_string_tab[55]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
+#define __pyx_n_u_append __pyx_string_tab[57]
+#define __pyx_n_u_area __pyx_string_tab[58]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[59]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[60]
+#define __pyx_n_u_bit __pyx_string_tab[61]
+#define __pyx_n_u_block __pyx_string_tab[62]
+#define __pyx_n_u_bytes __pyx_string_tab[63]
+#define __pyx_n_u_calls __pyx_string_tab[64]
+#define __pyx_n_u_channel_2 __pyx_string_tab[65]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[66]
+#define __pyx_n_u_close __pyx_string_tab[67]
+#define __pyx_n_u_closing __pyx_string_tab[68]
+#define __pyx_n_u_code __pyx_string_tab[69]
+#define __pyx_n_u_connections __pyx_string_tab[70]
+#define __pyx_n_u_create __pyx_string_tab[71]
+#define __pyx_n_u_created __pyx_string_tab[72]
+#define __pyx_n_u_decode __pyx_string_tab[73]
+#define __pyx_n_u_discard __pyx_string_tab[74]
+#define __pyx_n_u_encode __pyx_string_tab[75]
+#define __pyx_n_u_encoded __pyx_string_tab[76]
+#define __pyx_n_u_errors __pyx_string_tab[77]
+#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[78]
+#define __pyx_n_u_find __pyx_string_tab[79]
+#define __pyx_n_u_force __pyx_string_tab[80]
+#define __pyx_n_u_format_size __pyx_string_tab[81]
+#define __pyx_n_u_found __pyx_string_tab[82]
+#define __pyx_n_u_free __pyx_string_tab[83]
+#define __pyx_n_u_g __pyx_string_tab[84]
+#define __pyx_n_u_genexpr __pyx_string_tab[85]
+#define __pyx_n_u_geometry __pyx_string_tab[86]
+#define __pyx_n_u_get __pyx_string_tab[87]
+#define __pyx_n_u_gone __pyx_string_tab[88]
+#define __pyx_n_u_i __pyx_string_tab[89]
+#define __pyx_n_u_index __pyx_string_tab[90]
+#define __pyx_n_u_items __pyx_string_tab[91]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[92]
+#define __pyx_n_u_kind __pyx_string_tab[93]
+#define __pyx_n_u_layout __pyx_string_tab[94]
+#define __pyx_n_u_limit __pyx_string_tab[95]
+#define __pyx_n_u_listing __pyx_string_tab[96]
+#define __pyx_n_u_loans __pyx_string_tab[97]
+#define __pyx_n_u_membership __pyx_string_tab[98]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[99]
+#define __pyx_n_u_messages __pyx_string_tab[100]
+#define __pyx_n_u_most __pyx_string_tab[101]
+#define __pyx_n_u_n __pyx_string_tab[102]
+#define __pyx_n_u_name __pyx_string_tab[103]
+#define __pyx_n_u_next __pyx_string_tab[104]
+#define __pyx_n_u_open __pyx_string_tab[105]
+#define __pyx_n_u_options __pyx_string_tab[106]
+#define __pyx_n_u_overflow __pyx_string_tab[107]
+#define __pyx_n_u_overwrite __pyx_string_tab[108]
+#define __pyx_n_u_places __pyx_string_tab[109]
+#define __pyx_n_u_plain __pyx_string_tab[110]
+#define __pyx_n_u_pop __pyx_string_tab[111]
+#define __pyx_n_u_published __pyx_string_tab[112]
+#define __pyx_n_u_queue __pyx_string_tab[113]
+#define __pyx_n_u_quoted __pyx_string_tab[114]
+#define __pyx_n_u_readers __pyx_string_tab[115]
+#define __pyx_n_u_reading __pyx_string_tab[116]
+#define __pyx_n_u_record __pyx_string_tab[117]
+#define __pyx_n_u_remove __pyx_string_tab[118]
+#define __pyx_n_u_replace __pyx_string_tab[119]
+#define __pyx_n_u_ring_always __pyx_string_tab[120]
+#define __pyx_n_u_room __pyx_string_tab[121]
+#define __pyx_n_u_send __pyx_string_tab[122]
+#define __pyx_n_u_setdefault __pyx_string_tab[123]
+#define __pyx_n_u_silent __pyx_string_tab[124]
+#define __pyx_n_u_size __pyx_string_tab[125]
+#define __pyx_n_u_size_of __pyx_string_tab[126]
+#define __pyx_n_u_sleep __pyx_string_tab[127]
+#define __pyx_n_u_slots __pyx_string_tab[128]
+#define __pyx_n_u_state __pyx_string_tab[129]
+#define __pyx_n_u_taken __pyx_string_tab[130]
+#define __pyx_n_u_text __pyx_string_tab[131]
+#define __pyx_n_u_throw __pyx_string_tab[132]
+#define __pyx_n_u_time __pyx_string_tab[133]
+#define __pyx_n_u_time_ns __pyx_string_tab[134]
+#define __pyx_n_u_times __pyx_string_tab[135]
+#define __pyx_n_u_tries __pyx_string_tab[136]
+#define __pyx_n_u_type __pyx_string_tab[137]
+#define __pyx_n_u_unfinished __pyx_string_tab[138]
+#define __pyx_n_u_unit __pyx_string_tab[139]
+#define __pyx_n_u_units __pyx_string_tab[140]
+#define __pyx_n_u_update __pyx_string_tab[141]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[142]
+#define __pyx_n_u_value __pyx_string_tab[143]
+#define __pyx_n_u_values __pyx_string_tab[144]
+#define __pyx_n_u_views __pyx_string_tab[145]
+#define __pyx_n_u_writers __pyx_string_tab[146]
+#define __pyx_n_u_writing __pyx_string_tab[147]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_fA_vQa_xq_q __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uCvWCuAQ_m1A_1Jg __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[156]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4769,8 +4777,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -4783,7 +4791,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<155; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<157; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4826,8 +4834,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -4840,7 +4848,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<155; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<157; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6282,7 +6290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
- *     """Create a channel; return the number of its record.
+ *     """Create a channel; return the facts of its record.
  * 
 */
 
@@ -6294,7 +6302,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the number of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the facts of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_5create = {"create", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_5create, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_4create};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_5create(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6657,7 +6665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))             # <<<<<<<<<<<<<<
  *     if code == 0:
- *         return record.index
+ *         return facts_of(&record)
 */
     __pyx_t_9 = NULL;
     __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
@@ -6726,7 +6734,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
- *         return record.index
+ *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
 */
   __pyx_t_13 = (__pyx_v_code == 0);
@@ -6737,11 +6745,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     /* "ivshmem/channel/records.pyx":100
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:
- *         return record.index             # <<<<<<<<<<<<<<
+ *         return facts_of(&record)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
 */
-    __pyx_t_7 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -6758,14 +6766,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
- *         return record.index
+ *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
 */
   }
 
   /* "ivshmem/channel/records.pyx":101
  *     if code == 0:
- *         return record.index
+ *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:
@@ -6775,7 +6783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     case IVSHMEM_AGAIN:
 
     /* "ivshmem/channel/records.pyx":102
- *         return record.index
+ *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
@@ -6835,7 +6843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 
     /* "ivshmem/channel/records.pyx":101
  *     if code == 0:
- *         return record.index
+ *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
  *     if code == IVSHMEM_NO_ROOM:
@@ -7229,7 +7237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
- *     """Create a channel; return the number of its record.
+ *     """Create a channel; return the facts of its record.
  * 
 */
 
@@ -8060,9 +8068,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
-static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
+static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":153
+/* "ivshmem/channel/records.pyx":154
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -8070,7 +8078,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
  *         "writers": g.writers,
 */
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0) {
   struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *__pyx_cur_scope;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -8082,18 +8090,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 153, __pyx_L1_error)
+    __PYX_ERR(0, 154, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
-  __pyx_cur_scope->__pyx_outer_scope = (struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *) __pyx_self;
+  __pyx_cur_scope->__pyx_outer_scope = (struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *) __pyx_self;
   __Pyx_INCREF((PyObject *)__pyx_cur_scope->__pyx_outer_scope);
   __Pyx_GIVEREF((PyObject *)__pyx_cur_scope->__pyx_outer_scope);
   __pyx_cur_scope->__pyx_genexpr_arg_0 = __pyx_genexpr_arg_0;
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_of_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8101,7 +8109,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.records.facts.genexpr", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.records.facts_of.genexpr", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_DECREF((PyObject *)__pyx_cur_scope);
   __Pyx_XGIVEREF(__pyx_r);
@@ -8109,7 +8117,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   return __pyx_r;
 }
 
-static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
+static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
 {
   struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)__pyx_generator->closure);
   PyObject *__pyx_r = NULL;
@@ -8136,15 +8144,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 153, __pyx_L1_error)
+    __PYX_ERR(0, 154, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 153, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 154, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 153, __pyx_L1_error)
+    __PYX_ERR(0, 154, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8152,7 +8160,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 153, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -8163,12 +8171,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -8195,7 +8203,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 153, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 154, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8226,14 +8234,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
 /* "ivshmem/channel/records.pyx":146
  * 
  * 
- * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry
- *     return {
 */
 
-static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record *__pyx_v_record) {
-  struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *__pyx_cur_scope;
-  PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator = 0;
+static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_record *__pyx_v_record) {
+  struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *__pyx_cur_scope;
+  PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator = 0;
   PyObject *__pyx_8genexpr3__pyx_v_name = NULL;
   PyObject *__pyx_8genexpr3__pyx_v_bit = NULL;
   PyObject *__pyx_r = NULL;
@@ -8254,19 +8262,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("facts", 0);
-  __pyx_cur_scope = (struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *)__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, __pyx_mstate_global->__pyx_empty_tuple, NULL);
+  __Pyx_RefNannySetupContext("facts_of", 0);
+  __pyx_cur_scope = (struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *)__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, __pyx_mstate_global->__pyx_empty_tuple, NULL);
   if (unlikely(!__pyx_cur_scope)) {
-    __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *)Py_None);
+    __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *)Py_None);
     __Pyx_INCREF(Py_None);
     __PYX_ERR(0, 146, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":147
- * 
- * cdef dict facts(ivshmem_record *record):
+  /* "ivshmem/channel/records.pyx":148
+ * cdef dict facts_of(ivshmem_record *record):
+ *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry             # <<<<<<<<<<<<<<
  *     return {
  *         "index": record.index,
@@ -8275,40 +8283,40 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 
   __pyx_cur_scope->__pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":149
+  /* "ivshmem/channel/records.pyx":150
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":150
+  /* "ivshmem/channel/records.pyx":151
  *     return {
  *         "index": record.index,
  *         "state": record.state,             # <<<<<<<<<<<<<<
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":151
+  /* "ivshmem/channel/records.pyx":152
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -8319,13 +8327,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 151, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 151, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -8335,14 +8343,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 152, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":152
+  /* "ivshmem/channel/records.pyx":153
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
@@ -8350,12 +8358,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8375,50 +8383,50 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":153
+  /* "ivshmem/channel/records.pyx":154
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_2 = __pyx_t_3;
   __pyx_t_3 = 0;
   { /* enter inner scope */
 
-    /* "ivshmem/channel/records.pyx":154
+    /* "ivshmem/channel/records.pyx":155
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 154, __pyx_L5_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_9 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L5_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 154, __pyx_L5_error)
+      __PYX_ERR(0, 155, __pyx_L5_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -8427,24 +8435,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     while (1) {
       __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
       if (unlikely(__pyx_t_12 == 0)) break;
-      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 154, __pyx_L5_error)
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_name, __pyx_t_8);
       __pyx_t_8 = 0;
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_bit, __pyx_t_5);
       __pyx_t_5 = 0;
-      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L5_error)
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 154, __pyx_L5_error)
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 154, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
 
-      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 154, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 155, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -8459,102 +8467,102 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   } /* exit inner scope */
   if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
     if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
-    __PYX_ERR(0, 154, __pyx_L1_error)
+    __PYX_ERR(0, 155, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":155
+  /* "ivshmem/channel/records.pyx":156
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":156
+  /* "ivshmem/channel/records.pyx":157
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
  *         "loans": g.loans,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":157
+  /* "ivshmem/channel/records.pyx":158
  *         "writers": g.writers,
  *         "readers": g.readers,
  *         "slots": g.slots,             # <<<<<<<<<<<<<<
  *         "loans": g.loans,
  *         "views": g.views,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":158
+  /* "ivshmem/channel/records.pyx":159
  *         "readers": g.readers,
  *         "slots": g.slots,
  *         "loans": g.loans,             # <<<<<<<<<<<<<<
  *         "views": g.views,
  *         "limit": g.limit,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":159
+  /* "ivshmem/channel/records.pyx":160
  *         "slots": g.slots,
  *         "loans": g.loans,
  *         "views": g.views,             # <<<<<<<<<<<<<<
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":160
+  /* "ivshmem/channel/records.pyx":161
  *         "loans": g.loans,
  *         "views": g.views,
  *         "limit": g.limit,             # <<<<<<<<<<<<<<
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":161
+  /* "ivshmem/channel/records.pyx":162
  *         "views": g.views,
  *         "limit": g.limit,
  *         "created": record.created / 1e9,             # <<<<<<<<<<<<<<
  *         "type": (<bytes>record.type).decode(errors="replace"),
  *     }
 */
-  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":162
+  /* "ivshmem/channel/records.pyx":163
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *     }
  * 
 */
-  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
@@ -8565,13 +8573,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -8581,11 +8589,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 162, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -8601,9 +8609,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   /* "ivshmem/channel/records.pyx":146
  * 
  * 
- * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry
- *     return {
 */
 
   /* function exit code */
@@ -8614,10 +8622,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem.channel.records.facts", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.records.facts_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
-  __Pyx_XDECREF(__pyx_gb_7ivshmem_7channel_7records_5facts_2generator);
+  __Pyx_XDECREF(__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator);
   __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_name);
   __Pyx_XDECREF(__pyx_8genexpr3__pyx_v_bit);
   __Pyx_DECREF((PyObject *)__pyx_cur_scope);
@@ -8626,7 +8634,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":166
+/* "ivshmem/channel/records.pyx":167
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -8675,39 +8683,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 166, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 167, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 166, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 167, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 166, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 167, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 166, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 167, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8718,8 +8726,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 166, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 167, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_6find(__pyx_self, __pyx_v_membership, __pyx_v_name);
 
   /* function exit code */
@@ -8754,35 +8762,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find", 0);
 
-  /* "ivshmem/channel/records.pyx":173
+  /* "ivshmem/channel/records.pyx":174
  *     """
  *     cdef ivshmem_record record
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if find_record(membership, name, &record):
- *         return facts(&record)
+ *         return facts_of(&record)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":174
+  /* "ivshmem/channel/records.pyx":175
  *     cdef ivshmem_record record
  *     membership.check()
  *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
- *         return facts(&record)
+ *         return facts_of(&record)
  *     raise NoSuchChannel(name)
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_2 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_2 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 175, __pyx_L1_error)
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/records.pyx":175
+    /* "ivshmem/channel/records.pyx":176
  *     membership.check()
  *     if find_record(membership, name, &record):
- *         return facts(&record)             # <<<<<<<<<<<<<<
+ *         return facts_of(&record)             # <<<<<<<<<<<<<<
  *     raise NoSuchChannel(name)
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -8795,24 +8803,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":174
+    /* "ivshmem/channel/records.pyx":175
  *     cdef ivshmem_record record
  *     membership.check()
  *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
- *         return facts(&record)
+ *         return facts_of(&record)
  *     raise NoSuchChannel(name)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":176
+  /* "ivshmem/channel/records.pyx":177
  *     if find_record(membership, name, &record):
- *         return facts(&record)
+ *         return facts_of(&record)
  *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8831,14 +8839,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 177, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_Raise(__pyx_t_3, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __PYX_ERR(0, 176, __pyx_L1_error)
+  __PYX_ERR(0, 177, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":166
+  /* "ivshmem/channel/records.pyx":167
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -8860,7 +8868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":179
+/* "ivshmem/channel/records.pyx":180
  * 
  * 
  * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8885,7 +8893,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_record", 0);
 
-  /* "ivshmem/channel/records.pyx":181
+  /* "ivshmem/channel/records.pyx":182
  * cdef bint find_record(Membership membership, str name, ivshmem_record *record):
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
@@ -8901,13 +8909,13 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -8916,28 +8924,28 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 182, __pyx_L1_error)
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":182
+  /* "ivshmem/channel/records.pyx":183
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         return False
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
 */
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 183, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_5 >= IVSHMEM_CHANNEL_NAME);
 
 
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/records.pyx":183
+    /* "ivshmem/channel/records.pyx":184
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False             # <<<<<<<<<<<<<<
@@ -8950,7 +8958,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":182
+    /* "ivshmem/channel/records.pyx":183
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
@@ -8959,7 +8967,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":184
+  /* "ivshmem/channel/records.pyx":185
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
@@ -8968,20 +8976,20 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
 */
   (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
 
-  /* "ivshmem/channel/records.pyx":185
+  /* "ivshmem/channel/records.pyx":186
  *         return False
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     return ivshmem_find(&membership.member.area, padded, record) == 0
  * 
 */
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 186, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 186, __pyx_L1_error)
   (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_7), __pyx_t_5));
 
 
 
-  /* "ivshmem/channel/records.pyx":186
+  /* "ivshmem/channel/records.pyx":187
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     memcpy(padded, <const char *>encoded, len(encoded))
  *     return ivshmem_find(&membership.member.area, padded, record) == 0             # <<<<<<<<<<<<<<
@@ -8994,7 +9002,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":179
+  /* "ivshmem/channel/records.pyx":180
  * 
  * 
  * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9017,7 +9025,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":189
+/* "ivshmem/channel/records.pyx":190
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -9065,32 +9073,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 189, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 189, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 189, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 189, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9101,7 +9109,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 190, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8listing(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -9141,34 +9149,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("listing", 0);
 
-  /* "ivshmem/channel/records.pyx":193
+  /* "ivshmem/channel/records.pyx":194
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     found = []
  *     for i in range(membership.member.area.records):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":194
+  /* "ivshmem/channel/records.pyx":195
  *     cdef unsigned i
  *     membership.check()
  *     found = []             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":195
+  /* "ivshmem/channel/records.pyx":196
  *     membership.check()
  *     found = []
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
- *             channel = facts(&record)
+ *             channel = facts_of(&record)
 */
 
   __pyx_t_3 = __pyx_v_membership->member.area.records;
@@ -9177,11 +9185,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/records.pyx":196
+    /* "ivshmem/channel/records.pyx":197
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
- *             channel = facts(&record)
+ *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))
 */
     __pyx_t_6 = (ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_i, (&__pyx_v_record)) == 0);
@@ -9189,54 +9197,54 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/records.pyx":197
+      /* "ivshmem/channel/records.pyx":198
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
- *             channel = facts(&record)             # <<<<<<<<<<<<<<
+ *             channel = facts_of(&record)             # <<<<<<<<<<<<<<
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_v_channel, ((PyObject*)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":199
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
- *             channel = facts(&record)
+ *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))             # <<<<<<<<<<<<<<
  *             found.append(channel)
  *     return found
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 199, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/records.pyx":199
- *             channel = facts(&record)
+      /* "ivshmem/channel/records.pyx":200
+ *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))
  *             found.append(channel)             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/records.pyx":196
+      /* "ivshmem/channel/records.pyx":197
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
- *             channel = facts(&record)
+ *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))
 */
     }
   }
 
 
-  /* "ivshmem/channel/records.pyx":200
+  /* "ivshmem/channel/records.pyx":201
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
  *     return found             # <<<<<<<<<<<<<<
@@ -9254,7 +9262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":189
+  /* "ivshmem/channel/records.pyx":190
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -9279,7 +9287,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":254
+/* "ivshmem/channel/records.pyx":255
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -9299,7 +9307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 254, __pyx_L1_error)
+    __PYX_ERR(0, 255, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9310,7 +9318,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9353,15 +9361,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 254, __pyx_L1_error)
+    __PYX_ERR(0, 255, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 254, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 255, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 254, __pyx_L1_error)
+    __PYX_ERR(0, 255, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -9369,7 +9377,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 254, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -9380,9 +9388,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 254, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 255, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -9409,7 +9417,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 254, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 255, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9437,7 +9445,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":203
+/* "ivshmem/channel/records.pyx":204
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9491,12 +9499,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 203, __pyx_L1_error)
+    __PYX_ERR(0, 204, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":206
+  /* "ivshmem/channel/records.pyx":207
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
@@ -9505,7 +9513,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
 
-  /* "ivshmem/channel/records.pyx":210
+  /* "ivshmem/channel/records.pyx":211
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
@@ -9514,42 +9522,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":212
+  /* "ivshmem/channel/records.pyx":213
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,             # <<<<<<<<<<<<<<
  *         "bytes": channel.layout.size,
  *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":213
+  /* "ivshmem/channel/records.pyx":214
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
  *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
  *     }
  *     if g.kind == IVSHMEM_BYTES:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":215
+  /* "ivshmem/channel/records.pyx":216
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -9561,7 +9569,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":216
+    /* "ivshmem/channel/records.pyx":217
  *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9575,7 +9583,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":217
+      /* "ivshmem/channel/records.pyx":218
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -9585,7 +9593,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":218
+        /* "ivshmem/channel/records.pyx":219
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9594,7 +9602,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":219
+        /* "ivshmem/channel/records.pyx":220
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9612,7 +9620,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":220
+        /* "ivshmem/channel/records.pyx":221
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9626,7 +9634,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":219
+        /* "ivshmem/channel/records.pyx":220
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9636,7 +9644,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":222
+          /* "ivshmem/channel/records.pyx":223
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -9645,16 +9653,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 222, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 223, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":223
+          /* "ivshmem/channel/records.pyx":224
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -9663,7 +9671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":219
+          /* "ivshmem/channel/records.pyx":220
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9676,7 +9684,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":215
+    /* "ivshmem/channel/records.pyx":216
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -9686,7 +9694,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":225
+  /* "ivshmem/channel/records.pyx":226
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9701,7 +9709,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":226
+      /* "ivshmem/channel/records.pyx":227
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -9710,7 +9718,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":227
+      /* "ivshmem/channel/records.pyx":228
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -9719,7 +9727,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":228
+      /* "ivshmem/channel/records.pyx":229
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended             # <<<<<<<<<<<<<<
@@ -9728,19 +9736,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_published);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_published;
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 228, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 228, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 229, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 228, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 229, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/records.pyx":229
+      /* "ivshmem/channel/records.pyx":230
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -9752,7 +9760,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":230
+        /* "ivshmem/channel/records.pyx":231
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9761,7 +9769,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":229
+        /* "ivshmem/channel/records.pyx":230
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -9770,7 +9778,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":231
+      /* "ivshmem/channel/records.pyx":232
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9779,59 +9787,59 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":232
+      /* "ivshmem/channel/records.pyx":233
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 232, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/records.pyx":233
+      /* "ivshmem/channel/records.pyx":234
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
  *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 234, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 233, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_2 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":232
+      /* "ivshmem/channel/records.pyx":233
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-      /* "ivshmem/channel/records.pyx":235
+      /* "ivshmem/channel/records.pyx":236
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -9843,7 +9851,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":236
+        /* "ivshmem/channel/records.pyx":237
  *             ))
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
@@ -9857,7 +9865,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/channel/records.pyx":237
+          /* "ivshmem/channel/records.pyx":238
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9866,7 +9874,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-          /* "ivshmem/channel/records.pyx":238
+          /* "ivshmem/channel/records.pyx":239
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -9883,7 +9891,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/records.pyx":239
+            /* "ivshmem/channel/records.pyx":240
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
@@ -9892,19 +9900,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
             __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
-            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 239, __pyx_L1_error)
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 240, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 239, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 240, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 239, __pyx_L1_error)
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 240, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 239, __pyx_L1_error)
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 240, __pyx_L1_error)
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-            /* "ivshmem/channel/records.pyx":238
+            /* "ivshmem/channel/records.pyx":239
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -9915,7 +9923,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         }
 
 
-        /* "ivshmem/channel/records.pyx":235
+        /* "ivshmem/channel/records.pyx":236
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -9929,7 +9937,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":240
+  /* "ivshmem/channel/records.pyx":241
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
@@ -9943,7 +9951,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":241
+    /* "ivshmem/channel/records.pyx":242
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -9952,7 +9960,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":242
+    /* "ivshmem/channel/records.pyx":243
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9964,7 +9972,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":243
+      /* "ivshmem/channel/records.pyx":244
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
@@ -9973,7 +9981,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":242
+      /* "ivshmem/channel/records.pyx":243
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9982,7 +9990,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":244
+    /* "ivshmem/channel/records.pyx":245
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9991,7 +9999,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":245
+    /* "ivshmem/channel/records.pyx":246
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -10003,7 +10011,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":246
+      /* "ivshmem/channel/records.pyx":247
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
@@ -10012,7 +10020,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":245
+      /* "ivshmem/channel/records.pyx":246
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -10021,7 +10029,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":247
+    /* "ivshmem/channel/records.pyx":248
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -10031,7 +10039,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":248
+    /* "ivshmem/channel/records.pyx":249
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -10040,7 +10048,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":249
+    /* "ivshmem/channel/records.pyx":250
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
@@ -10050,7 +10058,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__4);
     __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__4);
 
-    /* "ivshmem/channel/records.pyx":250
+    /* "ivshmem/channel/records.pyx":251
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -10062,7 +10070,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":251
+      /* "ivshmem/channel/records.pyx":252
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -10071,7 +10079,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":252
+      /* "ivshmem/channel/records.pyx":253
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -10080,33 +10088,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":254
+      /* "ivshmem/channel/records.pyx":255
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 254, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 255, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 254, __pyx_L1_error)
+      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 255, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":253
+      /* "ivshmem/channel/records.pyx":254
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 253, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":256
+      /* "ivshmem/channel/records.pyx":257
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -10120,7 +10128,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":257
+        /* "ivshmem/channel/records.pyx":258
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -10129,7 +10137,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":258
+        /* "ivshmem/channel/records.pyx":259
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -10141,7 +10149,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":263
+          /* "ivshmem/channel/records.pyx":264
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -10151,7 +10159,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":260
+          /* "ivshmem/channel/records.pyx":261
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -10161,7 +10169,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":263
+          /* "ivshmem/channel/records.pyx":264
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -10178,24 +10186,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 263, __pyx_L1_error)
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 264, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":259
+          /* "ivshmem/channel/records.pyx":260
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 259, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 260, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_10));
           __pyx_t_10 = 0;
 
-          /* "ivshmem/channel/records.pyx":258
+          /* "ivshmem/channel/records.pyx":259
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -10206,7 +10214,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":250
+      /* "ivshmem/channel/records.pyx":251
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -10215,60 +10223,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":265
+    /* "ivshmem/channel/records.pyx":266
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 265, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/records.pyx":266
+    /* "ivshmem/channel/records.pyx":267
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 266, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/records.pyx":265
+    /* "ivshmem/channel/records.pyx":266
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -10276,7 +10284,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
 
 
-  /* "ivshmem/channel/records.pyx":268
+  /* "ivshmem/channel/records.pyx":269
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -10294,7 +10302,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":203
+  /* "ivshmem/channel/records.pyx":204
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -10334,7 +10342,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":271
+/* "ivshmem/channel/records.pyx":272
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -10353,7 +10361,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":272
+  /* "ivshmem/channel/records.pyx":273
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -10362,7 +10370,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":273
+  /* "ivshmem/channel/records.pyx":274
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -10374,7 +10382,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":274
+    /* "ivshmem/channel/records.pyx":275
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -10392,7 +10400,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":273
+    /* "ivshmem/channel/records.pyx":274
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -10401,18 +10409,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":275
+  /* "ivshmem/channel/records.pyx":276
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 276, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":276
+    /* "ivshmem/channel/records.pyx":277
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -10430,7 +10438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":275
+    /* "ivshmem/channel/records.pyx":276
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -10439,7 +10447,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":277
+  /* "ivshmem/channel/records.pyx":278
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -10467,7 +10475,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":271
+  /* "ivshmem/channel/records.pyx":272
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -10487,11 +10495,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":280
+/* "ivshmem/channel/records.pyx":281
  * 
  * 
- * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
- *     """Remove a channel, and free its memory.
+ * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
+ *     """Remove the channel that was found, and free its memory.
  * 
 */
 
@@ -10503,7 +10511,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_10remove, "Remove a channel, and free its memory.\n\n    Raises:\n        NoSuchChannel: it was removed before.\n        ChannelError: it is in use, and `force` is false.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_10remove, "Remove the channel that was found, and free its memory.\n\n    Raises:\n        NoSuchChannel: it was removed before.\n        ChannelError: it is in use, and `force` is false.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_11remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_11remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_10remove};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_11remove(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -10513,14 +10521,13 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  unsigned int __pyx_v_index;
-  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_found = 0;
   int __pyx_v_force;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[4] = {0,0,0,0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10536,55 +10543,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_force,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 280, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 280, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 280, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 280, __pyx_L3_error) }
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, i); __PYX_ERR(0, 281, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 4)) {
+    } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 280, __pyx_L3_error)
-      values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 280, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
-    __pyx_v_name = ((PyObject*)values[2]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 280, __pyx_L3_error)
+    __pyx_v_found = ((PyObject*)values[1]);
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 280, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10595,9 +10595,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 280, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 280, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_force);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_found, __pyx_v_force);
 
   /* function exit code */
   goto __pyx_L0;
@@ -10613,61 +10613,75 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   __pyx_L7_cleaned_up:;
 
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, int __pyx_v_force) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force) {
   struct ivshmem_record __pyx_v_record;
   struct ivshmem_channel __pyx_v_channel;
   int __pyx_v_code;
+  PyObject *__pyx_v_name = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
-  int __pyx_t_6;
+  unsigned int __pyx_t_6;
   int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10[3];
+  Py_ssize_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":290
+  /* "ivshmem/channel/records.pyx":291
  *     cdef ivshmem_channel channel
  *     cdef int code
+ *     cdef str name = found["name"]             # <<<<<<<<<<<<<<
+ *     membership.check()
+ *     if membership.mapping.fixed:
+*/
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_v_name = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/records.pyx":292
+ *     cdef int code
+ *     cdef str name = found["name"]
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":291
- *     cdef int code
+  /* "ivshmem/channel/records.pyx":293
+ *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":292
+    /* "ivshmem/channel/records.pyx":294
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (
- *         <bytes>record.name
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
+ *     if code or record.state != found["state"]:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 294, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10683,151 +10697,115 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     #endif
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 292, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 294, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":291
- *     cdef int code
+    /* "ivshmem/channel/records.pyx":293
+ *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
 */
   }
-
-  /* "ivshmem/channel/records.pyx":293
- *     if membership.mapping.fixed:
- *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
- *         <bytes>record.name
- *     ).decode(errors="replace") != name:
-*/
-  __pyx_t_7 = (ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_index, (&__pyx_v_record)) != 0);
-
-  if (!__pyx_t_7) {
-
-  } else {
-
-    __pyx_t_6 = __pyx_t_7;
-
-    goto __pyx_L5_bool_binop_done;
-  }
-
-  /* "ivshmem/channel/records.pyx":294
- *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (
- *         <bytes>record.name             # <<<<<<<<<<<<<<
- *     ).decode(errors="replace") != name:
- *         raise NoSuchChannel(name)
-*/
-  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __pyx_t_3;
-  __Pyx_INCREF(__pyx_t_4);
-  #if CYTHON_VECTORCALL
 
   /* "ivshmem/channel/records.pyx":295
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (
- *         <bytes>record.name
- *     ).decode(errors="replace") != name:             # <<<<<<<<<<<<<<
+ *     if membership.mapping.fixed:
+ *         raise RegionError("the region is mapped for reading only: no channel can be removed")
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)             # <<<<<<<<<<<<<<
+ *     if code or record.state != found["state"]:
+ *         raise NoSuchChannel(name)
+*/
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_6 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_6 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 295, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_t_6, (&__pyx_v_record));
+
+
+  /* "ivshmem/channel/records.pyx":296
+ *         raise RegionError("the region is mapped for reading only: no channel can be removed")
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
+ *     if code or record.state != found["state"]:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
 */
-  #endif
-  __pyx_t_5 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
-    #if CYTHON_VECTORCALL
-    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
-    __Pyx_INCREF(__pyx_t_8);
-    #else
-    {
-      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-      __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-    }
-    #endif
-    __pyx_t_2 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_8);
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    #if CYTHON_VECTORCALL
-    #endif
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 295, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-  }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 295, __pyx_L1_error)
-  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 295, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_8 = (__pyx_v_code != 0);
 
-  __pyx_t_6 = __pyx_t_7;
+  if (!__pyx_t_8) {
+
+  } else {
+
+    __pyx_t_7 = __pyx_t_8;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_8 = __Pyx_PyObject_CompareBoolNe_int_object(__pyx_t_1, __pyx_t_4, Py_NE); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  __pyx_t_7 = __pyx_t_8;
 
   __pyx_L5_bool_binop_done:;
-
-  /* "ivshmem/channel/records.pyx":293
- *     if membership.mapping.fixed:
- *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
- *         <bytes>record.name
- *     ).decode(errors="replace") != name:
-*/
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":296
- *         <bytes>record.name
- *     ).decode(errors="replace") != name:
+    /* "ivshmem/channel/records.pyx":297
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
+ *     if code or record.state != found["state"]:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 296, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_1 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_8))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_8);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_3))) {
+      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_3);
+      assert(__pyx_t_1);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+      __Pyx_INCREF(__pyx_t_1);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_name};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_v_name};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 296, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 297, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":293
- *     if membership.mapping.fixed:
+    /* "ivshmem/channel/records.pyx":296
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
- *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
- *         <bytes>record.name
- *     ).decode(errors="replace") != name:
+ *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
+ *     if code or record.state != found["state"]:             # <<<<<<<<<<<<<<
+ *         raise NoSuchChannel(name)
+ *     ivshmem_channel_open(&channel, &membership.member.area, &record)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":297
- *     ).decode(errors="replace") != name:
+  /* "ivshmem/channel/records.pyx":298
+ *     if code or record.state != found["state"]:
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
  *     code = ivshmem_remove(&membership.member, &channel, force)
@@ -10835,7 +10813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/records.pyx":298
+  /* "ivshmem/channel/records.pyx":299
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
@@ -10844,53 +10822,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":299
+  /* "ivshmem/channel/records.pyx":300
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
 */
-  __pyx_t_6 = (__pyx_v_code == IVSHMEM_NOT_FOUND);
+  __pyx_t_7 = (__pyx_v_code == IVSHMEM_NOT_FOUND);
 
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":300
+    /* "ivshmem/channel/records.pyx":301
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
 */
-    __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 300, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_8);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_8);
+    if (unlikely(PyMethod_Check(__pyx_t_1))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_1);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_1);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_1, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_v_name};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 300, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_name};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_1, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 300, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 301, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":299
+    /* "ivshmem/channel/records.pyx":300
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -10899,79 +10877,79 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":301
+  /* "ivshmem/channel/records.pyx":302
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"
 */
-  __pyx_t_6 = (__pyx_v_code == IVSHMEM_TAKEN);
+  __pyx_t_7 = (__pyx_v_code == IVSHMEM_TAKEN);
 
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":302
+    /* "ivshmem/channel/records.pyx":303
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"
  *             " only if you know that none of them stores into its memory any more)"
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 302, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_1 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/records.pyx":303
+    /* "ivshmem/channel/records.pyx":304
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_9[1] = __pyx_t_4;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_is_in_use_ivshmem_channel_info;
-    __pyx_t_10 = 142;
+    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_10[1] = __pyx_t_9;
+    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_is_in_use_ivshmem_channel_info;
+    __pyx_t_11 = 142;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
+    __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]);
     #endif
-    __pyx_t_1 = 0;
+    __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
     #endif
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 303, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 304, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_8))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_8);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_3))) {
+      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_3);
+      assert(__pyx_t_1);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+      __Pyx_INCREF(__pyx_t_1);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_11};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_12};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 302, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 303, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":301
+    /* "ivshmem/channel/records.pyx":302
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10980,32 +10958,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":306
+  /* "ivshmem/channel/records.pyx":307
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now
 */
-  __pyx_t_6 = (__pyx_v_code != 0);
+  __pyx_t_7 = (__pyx_v_code != 0);
 
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":307
+    /* "ivshmem/channel/records.pyx":308
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 308, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":306
+    /* "ivshmem/channel/records.pyx":307
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -11014,28 +10992,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":308
+  /* "ivshmem/channel/records.pyx":309
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":309
+  /* "ivshmem/channel/records.pyx":310
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":280
+  /* "ivshmem/channel/records.pyx":281
  * 
  * 
- * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
- *     """Remove a channel, and free its memory.
+ * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
+ *     """Remove the channel that was found, and free its memory.
  * 
 */
 
@@ -11043,24 +11021,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.records.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
 
 
+  __Pyx_XDECREF(__pyx_v_name);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
@@ -11070,7 +11049,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_s
   return o;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -11079,13 +11058,13 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_
 ) {
   PyObject *o;
   #if CYTHON_USE_FREELISTS
-  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts > 0) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts))))
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of > 0) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of))))
   {
-    o = (PyObject*)__pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts[--__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts];
+    o = (PyObject*)__pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of[--__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of];
     #if CYTHON_USE_TYPE_SPECS
     Py_DECREF(Py_TYPE(o));
     #endif
-    memset(o, 0, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts));
+    memset(o, 0, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of));
     #if CYTHON_COMPILING_IN_LIMITED_API
     (void) PyObject_Init(o, t);
     #else
@@ -11097,7 +11076,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_
     o = __Pyx_AllocateExtensionType(t, 1);
   }
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -11107,34 +11086,34 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(PyObject *o) {
+static void __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *o) {
   #if CYTHON_USE_TP_FINALIZE
   if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && (!PyType_IS_GC(Py_TYPE(o)) || !__Pyx_PyObject_GC_IsFinalized(o))) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) {
       if (PyObject_CallFinalizerFromDealloc(o)) return;
     }
   }
   #endif
   #if CYTHON_USE_FREELISTS
-  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts < 8) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(Py_TYPE(o), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts))))
+  if (likely((int)(__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of < 8) & __PYX_CHECK_FINAL_TYPE_FOR_FREELISTS(Py_TYPE(o), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of))))
   {
-    __pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts[__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts++] = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *)o);
+    __pyx_mstate_global->__pyx_freelist_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of[__pyx_mstate_global->__pyx_freecount_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of++] = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *)o);
   } else
   #endif
   {
@@ -11153,31 +11132,31 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____py
   }
 }
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts},
+static PyType_Slot __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of},
   #endif
   #endif
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec = {
-  "ivshmem.channel.records.__pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts",
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts),
+static PyType_Spec __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec = {
+  "ivshmem.channel.records.__pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of),
   0,
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG,
-  __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_slots,
+  __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = {
+static PyTypeObject __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem.channel.records.""__pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts), /*tp_basicsize*/
+  "ivshmem.channel.records.""__pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -11212,7 +11191,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, /*tp_new*/
+  __pyx_tp_new_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -11229,7 +11208,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -11896,7 +11875,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -11928,37 +11907,65 @@ static int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_export_code", 0);
   /*--- Function export code ---*/
+  {
+    __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct_ivshmem_record_f);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_export_name = __pyx_export_signature + 36;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_7records_facts_of, (void (*)(void)) NULL};
+    void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
+    const char *__pyx_export_current_signature = __pyx_export_signature;
+    while (*__pyx_export_pointer) {
+      if (__Pyx_ExportFunction(__pyx_t_1, __pyx_export_name, *__pyx_export_pointer, __pyx_export_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_export_pointer;
+      __pyx_export_name = strchr(__pyx_export_name, '\0') + 1;
+      __pyx_export_signature = strchr(__pyx_export_signature, '\0') + 1;
+      if (*__pyx_export_signature != '\0') __pyx_export_current_signature = __pyx_export_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts ---*/
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of)) __PYX_ERR(0, 146, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
   __Pyx_RefNannyFinishContext();
@@ -11977,14 +11984,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 154, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -12010,14 +12017,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 204, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -12043,14 +12050,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 254, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 255, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 254, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -12560,9 +12567,9 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   /*--- Global type/function init code ---*/
   (void)__Pyx_modinit_Global_init_code(__pyx_mstate);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12895,7 +12902,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
- *     """Create a channel; return the number of its record.
+ *     """Create a channel; return the facts of its record.
  * 
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
@@ -12906,49 +12913,49 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":166
+  /* "ivshmem/channel/records.pyx":167
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
  *     """Return the facts of the channel of that name.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":189
+  /* "ivshmem/channel/records.pyx":190
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return the facts of all channels."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":280
+  /* "ivshmem/channel/records.pyx":281
  * 
  * 
- * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
- *     """Remove a channel, and free its memory.
+ * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
+ *     """Remove the channel that was found, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -13022,7 +13029,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":151
+  /* "ivshmem/channel/records.pyx":152
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
@@ -13031,7 +13038,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13072,38 +13079,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{8},{31},{9},{75},{134},{1},{2},{20},{10},{10},{38},{38},{1},{34},{11},{1},{4},{179},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{46},{200},{387},{2},{2}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{8},{31},{9},{75},{134},{1},{2},{20},{10},{10},{38},{38},{1},{34},{11},{1},{4},{179},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{107},{32},{101},{46},{391},{210},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1598 bytes) */
-static const char cstring[] = "x\332mT\317s\333\306\025\216&R\314H\214<L\355\332\311d\232e\334Fv\352\320\303\251\335\244j&\031E\226\023\307\215,\212\2225\356\005^\002\013rM`\227\304.H\321\235\311\370\210#\2168\342\210#\217<\362\350#\217<\372O\310\237\320o\001\210U&\345\014\367\027\336\333\367\275\357}o\311\355A m\246\024!\324\013\030u&\204\006\214\270\001c\204\013\"\005#\003\316lFn\313\000\026\036\3144\361\245\322\204\330=*\004\363\024a\347\034{\335\303\027\256\211M\005\351\321\021\273\363O\362\202\217T\317g\376\205)\361\324\013\342\301X\221qn\255\340\305\020\016\013\004\013\025\333\375\275\017\027\256|A\024\235(\322\231\300\217\333=Rbf\212\334ve`\303M\noB\270K&2$}!\307\005\034a\360K\327D\361\211\3222`&\220\226\300\251\010\202\310\000\351\212\t\022\n\330\235;w\311]\354\234\322\301\360@w\024\316|\3520\023\373\256A\350\374v%dG:\223\377\003;\360aU\240\245B\2324/P\233l_\206`\314\247}.\272\215]BI\227I\237i\240\321%/p1t\3131sv\311\256\341U\323>\320\177w\210\224\016\245f\205\345\376D\367\2440\016\016\363x\207\005T3\020\241t\300m\215\2200\022\344\350\340\350\313\373_\337\317s\013\330Kf#y\025vl\217\346\024\"\335N\310=\215\n\350\311\200\251\006y\\\360(\030r\004Y\003\330]v@2\202(\246s\226v\220\256\324Ts),\270#\241\035\342\360\000A\370\210\031\357G\324S\254\361\002\221}92\374k\272b\"\317\241G\025\361\230\253\251\343X\270\212]0\350pE;\036c\302\214]\233\253b\345\224L7X\020\310@]\354\212j6\024\177\305Vg\232\235\353r}\257\274\365\036\220\311\300Q\215\301\344\\H\022H\351\023HhU\266\201Gm\226\047\026\260./\250\365\351`\000&\214\231\351\020\244\230\313m\027EZ\371\031\325wX\231\244\263R5]\031\354\027\363\201\001}\2616}\243\236<>|\330>\334\373\371\300\372\376\371\311A\373P\266C\273WZ<=:y\374\364\260\375\364\331\301\361\243\177==;\316!\345W\234<?*\035,\343\333\266\254\243\3119\376\017Qw\353\020y\0373\327\262\312\3320\013?7\024\266\231}\312E>K\047\364\362/\202\372\371\014J\254\2216\034\233\3350\244\336\305\027\315\224\306\304\225\005\362d\010\2510\303\211pL\217P5\0216\227\215\325\047\325\241v_A,\275\200\345|v\270\356x""\322\356w&\270\310\206\254U\311\212\355\301\334\002\036\035\0303\270\331\236T\314\014`\331\226\016\212\005;\333\250K\331\210\005u\344\243c\2768\320\002\256\013\034&\314\246\030\235B\026.\205\312\033\337 *\344\367m\243\313\004;\037\004.\027N\376``\360\251\266\214Z\\\031\342\020\357]\2674\272\350\305.\323]4\033\207\017^8\315\374\225\256J\364\215RK\350b\307\243\350\030\355q\237k\363\300\001\275\047\251P\260FS\252\036\037\\\326\247\017\355\323.f\274\243\302p\214\270Z\202O9\3103\205\204\002\027\275o\346q\200\3209\213\n#\027\0039\030\204\035\304\3501g\030\262\220\rC\364\214c\204\211@\245>\013`\205\030\313\032\0048\266\2507\306;jD\217fr\320\302\016si\350i\305=&t\321;\257\230%]\205\276\033(Oj\245\214~\314\333#L7\351^ \307\232\203\037\374-\241\314d\036\033\014x:B\001\202sd\241\340\332\374U8p\340\037\232t\177W\215\021\365B\226\017j\304\331X\345\251\006\371\004\260\257\327\336\256\377)\241\311\253\354\306tm\271\376)\026\265\345\372v\344\306{\313\365JT\2117\342V\354$\365eek\261\365i2L\337K\275i}\332\234>\234\275?\2776\377\367\233`\321j/\332\247\213\323g\313\35258U\377\030\323x\224\264\336V\377\0207\227\353[\321\375h\214\013n\247\365\"T?\253e\365\2678\377:\376.\255\247\315t?\035f\037L\237\315\232\257\327~\255\274\263q\265\010]\215\362\370\033\321i\\\217w\223\263\364\000\270\014\006\003v\230nf;\323\033\263wg\315\331\217\363\375\371\320DeI3\331KZK\304\375*\251\047\017\322\265\364\223\254\225\321e\265\026\337H\326\222\232\001c\202l\257\202\\y\375\037\334\376M2J[)]V\256Fa\274\207t\351r}3\3722\036&k\260\276v\311\372U|\023\327T\266\243~R\003%\353W\026W>F\250f\362S\332\315\316\246?\344p\366\314E\243\270\265\334@\016\321Y\374$Qi\3358\371\006\340r\375\246\301\222\334A\346?e\335\351\331lo\3262\310\2765W&\273\351\363\214f\223\331\232\t\027F\373\321\360\222\347\245\023\017\341s\246\207\277\276\367\316F\345u~\3702\331HZ\211\233>\312\200m{\261\r\252L)y<,\362\270n\262\370(\271\0066\367V5\336\214\352Q3\3721\336\217\307\t-\266\177\007_\333)\317\224)\364\345#7\333\317\206F&\233\321\335\270\237""\326\220\027\226\177\215O\222\233i\315\224\353\375\370\272\301d\030\370\005P\214\254>\312/\251lE\017\342w!\210\352\007\313J5z\004\332\277Jn%\307\340\346\213\354\207\351?f\337\317\272\363c\024\362\177I\026$\226\373_\222v\272\221\266\263\265\222\216\305\047\315imzo^\233\377e>|S]\234\234\376\206\236n|\226<\204\000j\346\232q\001\251\006l\0350db\336JO\263\317\262\275\025\223\237\245\365\305\255\007\323\326\264\217\033\261\277\032\r\343-\220~\220~\270\270\3657\250\375\311l8\337\310\001Vo@\030\233\351Nv=\243\005\367\253\250/Q\331\217\323\346\342\317?\277i\275\311\271\374\">@Y?G\323\320\030\345\375/we\337\355";
-    PyObject *data = __Pyx_DecompressString(cstring, 1598, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1621 bytes) */
+static const char cstring[] = "x\332mTAs\333\306\0315\047b\302H\214<l\355\330\351d\222e\334V\222\353\320\303\211\235\244j&\031E\226\0237\215$\212\222=\316\005^\002Kr-p\227\304.H\321\235\311\370\210#\2168\342\210#\217<\362\250#\217<\372\047\344\047\364-\000\262rS\316\020\273X|\337~\357\275}\337\222\355\276\047m\246\024!\324\365\030u\306\204z\214\264=\306\010\027D\nF\372\234\331\214lK\017\021.\3024\351I\245\t\261\273T\010\346*\302.8\336u\027_\270&6\025\244K\207l\347\037\344\005\037\252n\217\365\226\241\304U/\210\213`EFi\264B\026C9LP\314Wl\367\3679\\\264\345\013\242\350X\221\326\030y\334\356\222\0343Sd\273-=\033iR\270c\302\333d,}r.\344(\203#\014~\3316UzDi\3511SHK\340T\004E\244\007\272b\014B\036\333\331\271G\356\341\315\311\023\214\016tKa\255G\035fj\3373\010\235\267gB\266\2443\376?\260\275\036\2422\264THCs\211\332\260}\351C\261\036=\347\242S\333%\224t\230\3541\r4:\327\005)Fn9b\316.\3315\272jz\016\364\337\035\202\322\241\324,\213\334\037\353\256\024&\301a.o1\217j\006!\224\366\270\255Q\022A\202\034\037\034\177\376\340\353\007)7\217\275d6\310+\277e\2734\225\020t[>w5N@\217\373L\325\310\223LG\301\300\021b\365\021w5\001d\004QL\247*m\201\256\324Ts),\244\203\320\026q\270\207\"|\310L\366c\352*V{\201\312=94\372k\272R\"\345\320\245\212\270\254\255\251\343X\330\212-\025t\270\242-\2271a\236\035\233\253l\346\344J\327\230\347IO-\337\262\323\254)\376\212\255\3264\273\320\371\374~\276\353} \223\236\243j\375\361\205\220\304\223\262G`\241\325\261\365]j\263\224\230\307:<\223\266G\373}(a\302L\207\200bj\267]\034\322*\317\270\276\305r\222\316\312\325t\025\260\237\215\007\006\364rn\372F\375\364\344\360Q\363p\357\347\003\353\373\347\247\007\315C\331\364\355n\036qt|\372\344\350\260y\364\364\340\344\361\277\216\236\235\244\220\322-N\237\037\347\t\226\311mZ\326\361\370\002\377G8w\353\020\274OX\333\262\362\263a\026~m_\330f\354Q.\322Q:\276\233~\021\264\227\216\220\304\262i\237/\347Cm\3646o\003\237\272\313(\315\224\306\300\225\005!\245\017\3330\243\217pL\277P5\0266\227\265\325\047\325\242\366\271\202q\272\036K\265mq\335r\245}\336""\032c#\033\026W\271B\266\213p\013\330\264g\302\220f\273R1\363\200\342\266tpp\210\263\215\323\224\215ZpJ\372t\314\027\007\276\300v\236\303\204y\311\236Nf\2216\205\343-\331\256}\203\302p\343\267\265\016\023\354\242\357\265\271p\322\373\003\217\036\325\2261O[\372X\304\365\327\311\203\226\255\331a\272\203\336\343\310\301\205\247Yoe\263\234@-\267\026\232\332q)\032H\273\274\307\265\271\357@\300\225T(D\243GU\227\367\257\332\265\207V\240\035\214\270V\205\221\031u\265\204\244\262\237\222\205\243\2746\256\0023\216<\224N\205Txr\321\227\375\276\337B\215.s\006>\363\331\300G\0139\306\247(\224\3335\003\226y3?\006\017\313\026uG\270VM\017\240\267\034t\264\303\332\324w\265\342.\023:k\245W\014\312)\264a_\271R+e\354d\256\"a\232Kw=9\322\034\372\340o\te\006s\367\340\201\233\304\027\0208E\346\013\256\315_\371}\007\371\276\241\373\273\323\030R\327g\351C\r9\033\251\224\252\227\016\000{<>j\231\253\213\334\335F\005\037\223\\~+cG\356\356\\[\036\364\353\302\233\265O\"\032\275JnM\n\213\265O1\251,\3266\203v\270\267X+\005\245\260\0306B\047\252.J\033\363\215O\243A\374n\354N\252\223\372\344\321\364\375\331\215\331/\227\336\274\321\2347\317\346gO\027\345\033H*\177\030\322p\0305\336\224\377\030\326\027k\033\301\203`\204\r\266\343jV\352<\251$\3257X\377:\374.\256\306\365x?\036$\037L\236N\353\257\013\277\225\256\025\257g\245\313AZ\277\030\234\205\325p7z\026\037\000\227\301`\300\016\342\365dkrk\372\316\264>\375q\266?\033\230\252\335\364Ca\201\272_E\325\350a\\\210?N\032\t]\224+\341\255\250\020U\014\030SdsU\344\275\327\377\306\356\337D\303\270\021\323E\351zp\021\016\262\310\365\340s3E\364\215k\305\233&\366\243\350\006P\354\255\264Y\017\252A=\3701\334\017G\021\315^\277D\235\315\230\047\312\010tu\251\235\354\047\003#\357zp/<\217+q\325L\377\026\236F\267\343\212\241\371~x\023\252\r\014\204_\243Fz\034\037\245\233\2246\202\207\341;\020\262\374\301\242T\016\036\003\356W\321\235\350$R\361\335\344\207\311\337\247\337O;\263\023\010\000.~\260\037\014\336b\221\255\375\0325\343b\334L\n\213\322f\320\213\352\363\217\353""\223\312\344\376\2542\373\313lpY\236\237\236]\311\336\014:\341\263\350\021\304\253\230\255F\031\254\n\360\265\242bZ\367N|\226|\226\354\231P\027\276(\177\026W\347w\036N\032\223s\354\210\367\353\301 \334\210\352\321A\374\207\371\235/\340\224\237\246\203Y1\005Y\276\005d\353\361Vr3\241\277\275{\255X\372o\325\227@\374\247\270>\377\363\317\227\215\313T\317\273\341AT\211\376\n\303\321\3451\230\205\352\352\004\336{\375*\274\r\232\310>\317>\374\217=\212\323\306\364\345e\341r\245\304\020\324\366#?\336\213\033\271\026\021\366\271m\304\212v`\305\177&\235\311\263\351\336\264a\254\362\255\3313\332\215\237\0474\031O\013oi\224g^YI\2450\326\037d\304rRE\234f;~\234\030\324\363\315O\214S6\003\036\016B\354\375\037\304\324\372\362";
+    PyObject *data = __Pyx_DecompressString(cstring, 1621, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2094 bytes) */
-static const char cstring[] = "\377 (proces\377s  alrea\377dy are f\377ree in o\377ne piece\257 (or\037\000l$\000t\377 most  c\377hannels \367exi\r\000that\377 it can \377have); `\177ivshmem#\005\277 ls` l*\000s\373 w)\002s the\366l\000isi\001use:\376\"\017info` s\277ays by5\000i\367ch \255\004es (\357forc4\000onl\377y if you\277 know \212\002n\366\274\001ofb\001m st{or/\000into\245\000\333s \226\000or\354\000ny\376\316\000re)), ,\237 and +\003\204!a{\047s\021\000madex\001\313, \237\000d\000\007\214\001noobody\244\020rmK\000;wh\252\001ano\343\001\256\005\355 \353\000ju\277 mak\377ing.: a ?geomet\213\000\300#\363s 0\000\353!owedw: :\324!tak\355\000{?N\220@Note\333\003\277CythonN\001d\377eliberat\375e\206 strict\373er\202!n PEP\357-484\327\002rej\377ects sub\237class\300 \235 b\357uilt\354@typ\337es. I\302#ne\027ed \252 p%\000%\t\261@\337n set\271A \047\376\202`otation\371_<\000\316\000\047 dir\366b\000iv\242\000o Fa\377lse.` re7mov\374!ta\201&\257b\377has left/add_\247 e\321dC\000\177sableen\002\001\257gcis\004\003d\316d.?errors\006\005\310C\337.size\013\006te\253xt\374d/\247\204\004/\227\000o\377rds.pyxn\177o room \300`^\231\204\006plac\330!e\255\000{gi\325#mapp\207 (#\001\236\205\001\261@ \353a:\242@\321\204\006V\362\204\001be\336\004d\315\204\006a\362\204\006\305C\250\205\003E\261\001\004\005\264\205\001sK\377INDSNAME\377_BYTESNo\357Such\047\004OPT\377IONSOVER?FLOWRe\217\001>\002\327TYP*\004_8\001S_\257_Pyx\001\000D\365@_}N\365\000Ref__\225D\377e____fun\275c\004\001main\003\002owdul\025\002nam\035\002\316\220 _vt\360!,\001qu{al\022\005testA\000\377is_corou\372\250`e\220!ndare\377aasyncio\375.\022\006sbacks\356\333`hre\313\"bit\177blockbyF\000\337calls\265\207\004cloine_\215\000tr\364 \2763\001close\001\001i\377ngcodeco\373nn\310aonscr\257eate\000\003d\026\001d\377ediscard\323en\047\001\000\003d\221cfa\237cts.<s\000\374`>\377.genexpr\357find\254\207\002for\357mat_\252afou\236\022\000reeg\036\004\204\206\005g\177etgonei1\000?exitem\343f\363\210\004u.\305dkS\000lay\225 \337limit\335\210\001in\377g""loansme\377mbership\376\224\204\tmessage\345s\304\211\001n\372!\232\000top\357enop\304\205\001sov\277erflow\004\001w\271rx\000\221\204\002spl\270@p\377oppublis\377hedqueue?quoted\267\212\001f\000\360\231\204\004\337\204\003\354\205\003\375$ring\177_always\361\204\001\377sendsetd\377efaultsi\357lent\266\205\003ze_\377ofsleeps\377lotsstat\365e\370\207\001n\312\205\001thro\337wtime\000\001_n\361s\007\001\351\207\001\235`ypeuyn\336 \225\002unit\000\001\377supdateu|\353\001\375.value\000\002\277sviews\346\002r\376\002\002ing\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\021\330\004\377\016\210f\220A\330\004\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\026\220a\220v\230\377Q\340\014\023\2201\330\004\337\013\2104\210w>\000(\240\375!e\003k\250\021\250!\340\376\025\0008\220?\240!\2401\377\240C\240q\250\r\260V\377\2701\200\001\360\010\000\005\355\017u\003\014\210{\002\005\210U\377\220!\220:\230W\240E\363\250\021\177\002\251\001q\240\n\250\377\047\260\027\270\003\2701\270\277H\300C\300q\330s\000e\177\2301\230A\230Q\330u\000\3777\230!\2305\240\001\240\377\034\250Q\250a\330\014\021\337\220\027\230\001\230\324\000\013\210\272a\001\016\\\006\007\200{[\000<\377\230v\240Q\240a\330\010\337\017\210u\220A\354\000a\330\377\004\n\210-\220q\230\001\272\220\000\024#\010z\220\030D\000\010\337\016\210k\230\021\220 \004\007\367\320\007\032h\0001\230J\240_g\250W\260G\212\002AE\001\337v\220Q\330\005\301\000\210W\337\220K\230s\240\274 \016\210\335m\235\001\330\004\030\210\001\230)\376\367\000J\250g\260W\270A\353\270Q\243!>O\001\230:\240\277Y\250a\250y\270\210@\007\377\200u\210C\210q\330\010\3441\006\007\010l\217@\345\"q\360\006\357\000\005\010\200\"\002j\230\005\377\230Q\230f\240F\250!\346\300@\320\016\325@\307Ai\220q\272\302\003\025\320A\031\230\024\313 A\376\333F\n\210!\2101\210H\337\220C\220w\230\364\002!\210}6\255 \016\240i\250s""\345A|\210!\013\005f\250C\250q\243a\177\n\210,\220k\240\021\325\000~\247 +\220T\230\030\240\263`\237\010\210\t\220\025\373@\261\000\017\323\210~\210\000\323a\031@\002\010\013\357\2105\220\003\216`\014\r\330\357\010\014\210F\322@7\230#\373\230R\231 *\250G\2609\277\270B\270g\300R\306@\004\346\356\006\017\210\301!\t\004~\230S\277\240\005\240S\250\001\210$\320\377\0341\260\021\260/\300\021\377\300%\300q\310\014\320T\373U\3300\007\016\210g\220W\323\230D\376@\260`\017\374`a\220\312\304 \021\231\000b\237 p\001#\240oU\250\"\250\247@\016\210\305\"\377\"\240!\320#5\260Q\373\260kO\000!\330\014\017\210\367q\220\013\315`E\240\022\320\377#3\2601\260K\270q\333\300\005\234\002\014\027\226`\n\240\237\047\250\025\250a\366#\236Fj\376\343`\032\2401\320$M\310\273Q\310\300b*\220E\247`&\037\240\006\240a\220\257`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2094, 2567);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2135 bytes) */
+static const char cstring[] = "\377 (proces\377s  alrea\377dy are f\377ree in o\377ne piece\257 (or\037\000l$\000t\377 most  c\377hannels \367exi\r\000that\377 it can \377have); `\177ivshmem#\005\277 ls` l*\000s\373 w)\002s the\366l\000isi\001use:\376\"\017info` s\277ays by5\000i\367ch \255\004es (\357forc4\000onl\377y if you\277 know \212\002n\366\274\001ofb\001m st{or/\000into\245\000\333s \226\000or\354\000ny\376\316\000re)), ,\237 and +\003\204!a{\047s\021\000madex\001\313, \237\000d\000\007\214\001noobody\244\020rmK\000;wh\252\001ano\343\001\256\005\355 \353\000ju\277 mak\377ing.: a ?geomet\213\000\300#\363s 0\000\353!owedw: :\324!tak\355\000{?N\220@Note\333\003\277CythonN\001d\377eliberat\375e\206 strict\373er\202!n PEP\357-484\327\002rej\377ects sub\237class\300 \235 b\357uilt\354@typ\337es. I\302#ne\027ed \252 p%\000%\t\261@\337n set\271A \047\376\202`otation\371_<\000\316\000\047 dir\366b\000iv\242\000o Fa\377lse.` re7mov\374!ta\201&\257b\377has left/add_\247 e\321dC\000\177sableen\002\001\257gcis\004\003d\316d.?errors\006\005\310C\337.size\013\006te\253xt\374d/\247\204\004/\227\000o\377rds.pyxn\177o room \300`^\231\204\006plac\330!e\255\000{gi\325#mapp\207 (#\001\236\205\001\261@ \353a:\242@\321\204\006V\362\204\001be\336\004d\315\204\006a\362\204\006\305C\250\205\003E\261\001\004\005\264\205\001sK\377INDSNAME\377_BYTESNo\357Such\047\004OPT\377IONSOVER?FLOWRe\217\001>\002\327TYP*\004_8\001S_\257_Pyx\001\000D\365@_}N\365\000Ref__\225D\377e____fun\275c\004\001main\003\002owdul\025\002nam\035\002>\220 _capi*\001\010\001\363vt\374!8\001qual\336\036\005testM\000is\277_corou\264`e\376\234!ndareaa\177syncio.\022\006\277sbacks\347`h\373re\327\"bitbl\337ockbyF\000ca\367lls\301\207\004clin\233e_\231\000tr\200@3\001c\357lose\001\001ing\377codeconn\376\324aonscrea\353te\000\003d\026\001ded\377iscarden\364\047\001\000\003d\235cfact\277s_of.<v\000a\377ls>.gene\177xprfind\273\207\002\177format_\271a\367fou\022\000reeg\374\036\004\223\206\005getgon\373ei1\000exite\251m\362f\202\211\004.\324dkS\000l""\373ay\230 limit\376\354\210\001ingloan\377smembers\367hip\243\204\tmess/ages\323\211\001n\211A\232\000\177topenop\323\205\001\377soverflo\315w\004\001wrx\000\240\204\002sp\375l\307@poppub\377lishedqu\377euequote\201d\306\212\001f\000\250\204\004\356\204\003\373\205\003\200Dr\377ing_alwa\373ys\200\205\001sends\377etdefaul\177tsilent\305\205\003\373ze\267 sleep\377slotssta\353te\207\210\001n\331\205\001thr\277owtime\000\001_\343ns\007\001\370\207\001\240`ype\363un\336 \225\002unit\376\000\001supdate\371u\353\001\375.value~\000\002sviews\346\002\375r\002\002ingPyO\375b\267\210\001 *(str\257uct \326\213\004_\314\206\003 \367*)\000\341E\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\021\330\004\377\016\210f\220A\330\004\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\026\220a\220v\230\377Q\340\014\023\2201\330\004\337\013\2104\210w>\000(\240\375!e\003k\250\021\250!\340\376\025\0008\220?\240!\2401\377\240C\240q\250\r\260V\377\2701\200\001\360\010\000\005\355\017u\003\014\210{\002\005\210U\377\220!\220:\230W\240E\363\250\021\177\002\251\001q\240\n\250\377\047\260\027\270\003\2701\270\277H\300C\300q\330s\000h\336\303\000q\240\001\330u\0007\230\377!\2305\240\001\240\034\250\377Q\250a\330\014\021\220\027\267\230\001\230\324\000\013\210a\001\016\356\\\006\007\200{[\000<\230v\377\240Q\240a\330\010\017\210wx\220q$\003\n\210-\007\001\336\220\000\024\000\005\025\210!\031\230\365\024\203\000A\223&\n\210!\210\3771\210H\220C\220w\230\327a\330\004\013\0016e\000\016\240\347i\250s\235!\007\tf\250C\373\250q\333!\n\210,\220k\357\240\021\240!-\001+\220T\367\230\030\240\353 \010\210\t\220u\025\263 q\177\001~\230Q\212B\375\031@\002\010\013\2105\220\003\376\306 \014\r\330\010\014\210F\376\212 7\230#\230R\230s\377\240*\250G\2609\270B\357\270g\300R\376\000\004\007\200\237u\210C\210q\271\n\016\003~\377\230S\240\005\240S\250\001\377""\330\010\016\210m\2301\320\377\0341\260\021\260/\300\021\377\300%\300q\310\014\320T\373U\3304\007\016\210g\220W\323\230D\272 \354 \017\270@a\220\272\224\000\021\235\000b\230\005s\002#\277\240U\250\"\250AI\001l\376\225`\014\"\240!\320#5\357\260Q\260kO\000!\330\014\377\017\210q\220\013\2301\230\277E\240\022\320#3\247`Ko\270q\300\005\240\002\014\027\335 \377\n\240\047\250\025\250a\360\357\006\000\005\010\254\005\016\210j\376\237@\032\2401\320$M\310\373Q\310\313\"*\220E\230\021K\230&\356`a\377%\r\001!\225\204\006\237\007\200z\220\030\324@\323\000k\334\047\000\321 \013\320\013\223i\005\270\177Q\270j\310\001\310\021\330\005\375v\330\000C\230u\240A\240}Q\205$\230A\330\004\030\231a\377\230)\2401\240J\250g\277\260W\270A\270Q\264\204\001>\376P\001\230:\240Y\250a\250\207y\270\001\227*\303 6\001\353&\016\211\210\206\"\367\204\001q\323\003\311@\321\001\005\336\313@f\240F\250\262\001\320\016\375\036\246a\016\210i\220q\220\007\021\230!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2135, 2640);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2567 bytes) */
-static const char bytes[] = " (process  already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more)), , and of the area\047s , made by , used by , used by nobody: `ivshmem channel rm , which another process is just making.: a geometry that is not allowed: : it takes ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330""\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\016\000\005\017\210f\220A\330\004\007\200{\220!\220<\230v\240Q\240a\330\010\017\210u\220A\220Q\220a\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260/\300\021\300%\300q\310\014\320TU\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w""\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2640 bytes) */
+static const char bytes[] = " (process  already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more)), , and of the area\047s , made by , used by , used by nobody: `ivshmem channel rm , which another process is just making.: a geometry that is not allowed: : it takes ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV""\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\016\000\005\017\210f\220A\330\004\007\200{\220!\220<\230v\240Q\240a\330\010\017\210x\220q\230\001\230\021\330\004\n\210-\220q\230\001\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260/\300\021\300%\300q\310\014\320TU\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\200\001\360\024\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!""\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210C\210v\220W\230C\230u\240A\240Q\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 147; i++) {
+    for (int i = 0; i < 148; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
@@ -13114,8 +13121,8 @@ static const char bytes[] = " (process  already are free in one piece (or all  a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 147; i < 155; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-147].length;
+    for (int i = 148; i < 157; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-148].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13125,15 +13132,15 @@ static const char bytes[] = " (process  already are free in one piece (or all  a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 155; i++) {
+    for (Py_ssize_t i = 0; i < 157; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 147;
-      for (Py_ssize_t i=0; i<8; ++i) {
+      PyObject **table = stringtab + 148;
+      for (Py_ssize_t i=0; i<9; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13227,12 +13234,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 153};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 154};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 254};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 255};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -13252,19 +13259,19 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_vQa_uAQa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_vQa_xq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_channel_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_name};
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uCvWCuAQ_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -17386,43 +17393,130 @@ static CYTHON_INLINE PyObject *__Pyx_PyIter_Next2(PyObject* iterator, PyObject* 
 }
 
 /* PyObjectCompare */
-#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
-#define __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
-static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolNe(PyObject* s1, PyObject* s2) {
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
-    int result = PyUnicode_Equal(s1, s2);
-    #if !CYTHON_COMPILING_IN_CPYTHON
-    if (unlikely(result == -1)) return -1;
+#ifndef __Pyx_DEFINED_PyObject_CompareIntFloatBoolNe
+#define __Pyx_DEFINED_PyObject_CompareIntFloatBoolNe
+static int __Pyx_PyObject_CompareIntFloatBoolNe(PyObject *op1, PyObject *op2) {
+    double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(float_op2 == -1. && PyErr_Occurred())) return -1;
     #endif
-    if (result != 0) goto __pyx_return_false; else goto __pyx_return_true;
+    #if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsCompact(op1)) {
+        Py_ssize_t iop1 = __Pyx_PyLong_CompactValue(op1);
+        if (((double)iop1) != float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(!__Pyx_isfinite(float_op2))) {
+        if (0.0 != float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int sign1 = __Pyx_PyLong_Sign(op1);
+        if (float_op2 >= 0.) {
+            if (sign1 < 0) goto __pyx_return_true;
+            if (float_op2 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
+        } else {
+            if (sign1 > 0) goto __pyx_return_true;
+            if (float_op2 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_true;
+        }
+    }
     #else
-    int result = PyUnicode_Compare(s1, s2);
-    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
-    if (result != 0) goto __pyx_return_true; else goto __pyx_return_false;
+    if (unlikely(!__Pyx_isfinite(float_op2))) {
+        if (0.0 != float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int overflow1;
+        long iop1 = PyLong_AsLongAndOverflow(op1, &overflow1);
+        if (likely(!overflow1)) {
+            if ((long long) iop1 >= (1LL << 53)) {
+                overflow1 = 1;
+            } else if ((long long) iop1 <= - (1LL << 53)) {
+                overflow1 = -1;
+            } else {
+                if (((double) iop1) != float_op2) goto __pyx_return_true; else goto __pyx_return_false;
+            }
+        }
+        if (overflow1 < 0) {
+            if (float_op2 > ((double) (1LL << 53))) goto __pyx_return_true;
+        } else {
+            if (float_op2 < - ((double) (1LL << 53))) goto __pyx_return_true;
+        }
+    }
     #endif
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_NE);
 __pyx_return_true:
     return 1;
 __pyx_return_false:
     return 0;
 }
 #endif
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop) {
+#if CYTHON_USE_PYLONG_INTERNALS
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+static int __Pyx_PyObject_CompareIntIntBoolNe(PyObject *op1, PyObject *op2) {
+    Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
+    if (cmp == 0) {
+        Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
+        if (size > 0) {
+            const digit* digits1 = __Pyx_PyLong_Digits(op1);
+            const digit* digits2 = __Pyx_PyLong_Digits(op2);
+            if (size == 1) {
+                cmp = (Py_ssize_t) digits1[0] - (Py_ssize_t) digits2[0];
+            } else if ((size == 2) && (8 * sizeof(Py_ssize_t) >= 2 * PyLong_SHIFT)) {
+                cmp = (Py_ssize_t) (((((size_t)digits1[1]) << PyLong_SHIFT) | (size_t)digits1[0])) - (Py_ssize_t) (((((size_t)digits2[1]) << PyLong_SHIFT) | (size_t)digits2[0]));
+            } else {
+                for (Py_ssize_t i=size-1; i >= 0 && !cmp; --i) {
+                    cmp = (Py_ssize_t) digits1[i] - (Py_ssize_t) digits2[i];
+                }
+            }
+        }
+        if (cmp == 0) return 0;
+        if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
+    }
+    return 1;
+}
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntNe(PyObject *op1, PyObject *op2) {
+    int result = __Pyx_PyObject_CompareIntIntBoolNe(op1, op2);
+    if (unlikely(result == -1)) return NULL;
+    return __Pyx_NewRef(result ? Py_True : Py_False);
+}
+#endif
+#else
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolNe
+static int __Pyx_PyObject_CompareIntIntBoolNe(PyObject *op1, PyObject *op2) {
+    int overflow1, overflow2;
+    long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
+    long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
+    if (likely(!(overflow1 | overflow2))) {
+        if (iop1 != iop2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else if (overflow1 != overflow2) {
+        if (overflow1 != overflow2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_NE);
+    }
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_int_object(PyObject *op1, PyObject *op2, int pyop) {
     CYTHON_UNUSED_VAR(pyop);
     if (unlikely(op1 == Py_None)) {
-        if (op2 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
+        if (op2 == Py_None) goto __pyx_return_false; else goto __pyx_richcmp;
     }
-    if (unlikely(op2 == Py_None)) {
-        if (op1 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
-    }
-    
+    if (op1 == op2) goto __pyx_return_false;
     if (likely(op1 != Py_None)) {
         if (op1 == op2) goto __pyx_return_false;
-        if (likely(op2 != Py_None)) {
-            return __Pyx_PyObject_CompareStrStrBoolNe(op1, op2);
+        if (likely(PyLong_CheckExact(op2))) {
+            return __Pyx_PyObject_CompareIntIntBoolNe(op1, op2);
+        }
+        if (PyFloat_CheckExact(op2)) {
+            return __Pyx_PyObject_CompareIntFloatBoolNe(op1, op2);
         }
         goto __pyx_richcmp;
     }
-    
     if ((0)) goto __pyx_richcmp;
     if ((0)) goto __pyx_return_true;
     if ((0)) goto __pyx_return_false;
@@ -17615,6 +17709,44 @@ static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visi
     return 0;
 }
 #endif
+
+/* FunctionExport */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
+    PyObject *cobj;
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    tmp.fp = f;
+    cobj = PyCapsule_New(tmp.p, sig, 0);
+    if (!cobj)
+        goto bad;
+    if (PyDict_SetItemString(api_dict, name, cobj) < 0)
+        goto bad;
+    Py_DECREF(cobj);
+    return 0;
+bad:
+    Py_XDECREF(cobj);
+    return -1;
+}
+
+/* GetApiDict */
+static PyObject *__Pyx_ApiExport_GetApiDict(void) {
+    PyObject *d;
+    if (__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_capi, &d) == -1)
+        return NULL;
+    if (!d) {
+        d = PyDict_New();
+        if (!d)
+            goto bad;
+        if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_pyx_capi, d) < 0)
+            goto bad;
+    }
+    return d;
+bad:
+    Py_XDECREF(d);
+    return NULL;
+}
 
 /* GetTypeDictOffset (used by ValidateBasesTuple) */
 #if !CYTHON_USE_TYPE_SLOTS
@@ -20082,307 +20214,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 }
 
 /* CIntFromPy */
-static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
-static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
-    const char* type_name = "unsigned int";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (unsigned int) -1;
-}
-static unsigned int __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int(void) {
-    const char* type_name = "unsigned int";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (unsigned int) -1;
-}
-static CYTHON_INLINE unsigned int __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (unsigned int) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(unsigned int) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static CYTHON_INLINE unsigned int __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(unsigned int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(unsigned int) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, long, PyLong_AsLong(x))
-    } else if ((sizeof(unsigned int) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    unsigned int val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (unsigned int) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (unsigned int) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to unsigned int");
-        return (unsigned int) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (unsigned int) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (unsigned int) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(unsigned int) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((unsigned int) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(unsigned int) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((unsigned int) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((unsigned int) 1) << (sizeof(unsigned int) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (unsigned int) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static CYTHON_INLINE unsigned int __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-#endif
-}
-static unsigned int __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    unsigned int val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (unsigned int) -1;
-    val = __Pyx_PyLong_As_unsigned_int(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
-    }
-}
-
-/* CIntFromPy */
 static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
 static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
     const char* type_name = "uint32_t";
@@ -21218,6 +21049,307 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
         Py_XDECREF(from_bytes_str);
         return result;
 #endif
+    }
+}
+
+/* CIntFromPy */
+static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
+static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
+    const char* type_name = "unsigned int";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (unsigned int) -1;
+}
+static unsigned int __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int(void) {
+    const char* type_name = "unsigned int";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (unsigned int) -1;
+}
+static CYTHON_INLINE unsigned int __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) >= 2 * PyLong_SHIFT)) {
+                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) >= 3 * PyLong_SHIFT)) {
+                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) >= 4 * PyLong_SHIFT)) {
+                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (unsigned int) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(unsigned int) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
+}
+static CYTHON_INLINE unsigned int __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
+            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
+                return (unsigned int) (((unsigned int) -1) * (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
+            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
+                return (unsigned int) (((unsigned int) -1) * (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
+            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
+                return (unsigned int) (((unsigned int) -1) * (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
+                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
+                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
+                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(unsigned int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(unsigned int) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, long, PyLong_AsLong(x))
+    } else if ((sizeof(unsigned int) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
+}
+static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    unsigned int val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (unsigned int) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (unsigned int) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to unsigned int");
+        return (unsigned int) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (unsigned int) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (unsigned int) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(unsigned int) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((unsigned int) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(unsigned int) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((unsigned int) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((unsigned int) 1) << (sizeof(unsigned int) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (unsigned int) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
+}
+static CYTHON_INLINE unsigned int __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
+#endif
+}
+static unsigned int __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
+    unsigned int val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (unsigned int) -1;
+    val = __Pyx_PyLong_As_unsigned_int(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
     }
 }
 

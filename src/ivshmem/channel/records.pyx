@@ -74,7 +74,7 @@ def room(Membership membership not None):
 
 
 def create(Membership membership not None, str name, dict geometry, bytes text):
-    """Create a channel; return the number of its record.
+    """Create a channel; return the facts of its record.
 
     Raises:
         ChannelExists: there is one of that name; the message says whose it is.
@@ -97,7 +97,7 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
             break
         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
     if code == 0:
-        return record.index
+        return facts_of(&record)
     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
     if code == IVSHMEM_NO_ROOM:
@@ -143,7 +143,8 @@ cdef str whose(Membership membership, str name):
     return found
 
 
-cdef dict facts(ivshmem_record *record):
+cdef dict facts_of(ivshmem_record *record):
+    """Return what a record says, by which it is compared later, too."""
     g = record.geometry
     return {
         "index": record.index,
@@ -172,7 +173,7 @@ def find(Membership membership not None, str name):
     cdef ivshmem_record record
     membership.check()
     if find_record(membership, name, &record):
-        return facts(&record)
+        return facts_of(&record)
     raise NoSuchChannel(name)
 
 
@@ -194,7 +195,7 @@ def listing(Membership membership not None):
     found = []
     for i in range(membership.member.area.records):
         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
-            channel = facts(&record)
+            channel = facts_of(&record)
             channel.update(usage(membership, &record))
             found.append(channel)
     return found
@@ -277,8 +278,8 @@ cdef str state_of(Membership membership, uint64_t owner):
     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 
 
-def remove(Membership membership not None, unsigned index, str name, bint force):
-    """Remove a channel, and free its memory.
+def remove(Membership membership not None, dict found not None, bint force):
+    """Remove the channel that was found, and free its memory.
 
     Raises:
         NoSuchChannel: it was removed before.
@@ -287,12 +288,12 @@ def remove(Membership membership not None, unsigned index, str name, bint force)
     cdef ivshmem_record record
     cdef ivshmem_channel channel
     cdef int code
+    cdef str name = found["name"]
     membership.check()
     if membership.mapping.fixed:
         raise RegionError("the region is mapped for reading only: no channel can be removed")
-    if ivshmem_record_read(&membership.member.area, index, &record) or (
-        <bytes>record.name
-    ).decode(errors="replace") != name:
+    code = ivshmem_record_read(&membership.member.area, found["index"], &record)
+    if code or record.state != found["state"]:
         raise NoSuchChannel(name)
     ivshmem_channel_open(&channel, &membership.member.area, &record)
     code = ivshmem_remove(&membership.member, &channel, force)

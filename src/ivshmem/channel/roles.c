@@ -2595,7 +2595,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":21
+/* "ends.pxd":24
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2942,7 +2942,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":21
+/* "ends.pxd":24
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -2977,7 +2977,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "ivshmem/channel/roles.pyx":56
+/* "ivshmem/channel/roles.pyx":61
  * # -- writers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3001,7 +3001,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "ivshmem/channel/roles.pyx":244
+/* "ivshmem/channel/roles.pyx":249
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3103,53 +3103,62 @@ static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_consta
 /* DivInt[long].proto */
 static CYTHON_INLINE long __Pyx_div_long(long, long, int b_is_constant);
 
-/* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length);
-#endif
-
-/* TupleOrListFromArrayImpl.proto (used by TupleFromArray) */
-#if PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_PyTuple_FromArray(src, n) PyTuple_FromArray(src, ((n)<0) ? 0 : (n))
+/* PyFrozenDict.proto (used by DictGetItem) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyFrozenDict_TypePtr  ((PyTypeObject*) __pyx_mstate_global->__Pyx_PyFrozenDictType)
+#define __Pyx_PyFrozenDict_New(it)  __Pyx__PyFrozenDict_New(__pyx_mstate_global->__Pyx_PyFrozenDictType, it)
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it);
+#define __Pyx_PyFrozenDict_NewEmpty()  __Pyx_PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyAnyDict_Check(obj)   __Pyx__PyAnyDict_Check(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_Check(PyObject *obj, PyTypeObject* frozendict_type) {
+    return PyObject_TypeCheck(obj, &PyDict_Type) || PyObject_TypeCheck(obj, frozendict_type);
+}
+#define __Pyx_PyAnyDict_CheckExact(obj)  __Pyx__PyAnyDict_CheckExact(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_CheckExact(PyObject *obj, PyTypeObject* frozendict_type) {
+    return Py_IS_TYPE(obj, &PyDict_Type) || Py_IS_TYPE(obj, frozendict_type);
+}
+#elif PY_VERSION_HEX >= 0x030f00a6 ||\
+    (defined(PyFrozenDict_Check) && defined(PyAnyDict_Check) && defined(PyFrozenDict_New))
+#define __Pyx_PyFrozenDict_TypePtr  (&PyFrozenDict_Type)
+#define __Pyx_PyFrozenDict_New(it)  PyFrozenDict_New(it)
+#define __Pyx_PyFrozenDict_NewEmpty()  PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyFrozenDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyFrozenDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyAnyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyAnyDict_CheckExact(obj)
 #else
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
+#define __Pyx_PyFrozenDict_TypePtr  (&PyDict_Type)
+static CYTHON_INLINE PyObject* __Pyx_PyFrozenDict_New(PyObject* it) {
+    if (!it) {
+        return PyDict_New();
+    } else if (PyDict_Check(it)) {
+        return PyDict_Copy(it);
+    } else {
+        PyObject *dict = PyDict_New();
+        if (!dict) return NULL;
+        PyObject *result = PyNumber_InPlaceOr(dict, it);
+        Py_DECREF(dict);
+        return result;
+    }
+}
+#define __Pyx_PyFrozenDict_NewEmpty()  PyDict_New()
+#define __Pyx_PyFrozenDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyDict_CheckExact(obj)
 #endif
 
-/* TupleFromArray.proto */
-
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+/* DictGetItem.proto */
+#if !CYTHON_COMPILING_IN_PYPY
+static PyObject *__Pyx_PyDict_GetItem(PyObject *d, PyObject* key);
+#define __Pyx_PyObject_Dict_GetItem(obj, name)\
+    (likely(__Pyx_PyAnyDict_CheckExact(obj)) ?\
+     __Pyx_PyDict_GetItem(obj, name) : PyObject_GetItem(obj, name))
 #else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectVectorcallKwds) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
-/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
-#else
-#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
-#endif
-
-/* PyObjectVectorcallMethodKwds.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
-#else
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#define __Pyx_PyDict_GetItem(d, key) PyObject_GetItem(d, key)
+#define __Pyx_PyObject_Dict_GetItem(obj, name)  PyObject_GetItem(obj, name)
 #endif
 
 /* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
@@ -3180,29 +3189,6 @@ static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, c
 CYTHON_UNUSED
 static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
-/* IncludeStringH.proto (used by PyObjectCompare) */
-#include <string.h>
-
-/* PyObjectCompare.proto */
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop);
-
-/* IgnoreException.proto (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
-#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
-
-/* FastTypeChecks.proto (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
-
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
@@ -3221,7 +3207,7 @@ static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a,
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
+/* PyErrFetchRestore.proto (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -3246,99 +3232,27 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
 #endif
 
-/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
-#else
-#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
-    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
-}
-#endif
-#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
-
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
-#else
-#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
-#endif
-
-/* PyObjectGetAttrStr.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
-#else
-#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
-#endif
-
-/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
-
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name);
-
-/* PyDictVersioning.proto (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
-#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
-    (version_var) = __PYX_GET_DICT_VERSION(dict);\
-    (cache_var) = (value);
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
-        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
-    } else {\
-        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
-        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
-    }\
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
-#else
-#define __PYX_GET_DICT_VERSION(dict)  (0)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
-#endif
-
-/* GetModuleGlobalName.proto */
-#if CYTHON_USE_DICT_VERSIONS
-#define __Pyx_GetModuleGlobalName(var, name)  do {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
-        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
-        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
-    PY_UINT64_T __pyx_dict_version;\
-    PyObject *__pyx_dict_cached_value;\
-    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
-#else
-#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
-#endif
-
-/* PyObjectFormatAndDecref.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
-
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
+/* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length);
+#endif
+
+/* TupleOrListFromArrayImpl.proto (used by TupleFromArray) */
+#if PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyTuple_FromArray(src, n) PyTuple_FromArray(src, ((n)<0) ? 0 : (n))
+#else
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
+#endif
+
+/* TupleFromArray.proto (used by fastcall) */
+
+
+/* IncludeStringH.proto (used by PyObjectCompare) */
+#include <string.h>
 
 /* PyObjectCompare.proto (used by UnicodeEquals) */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop);
@@ -3414,6 +3328,22 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -3428,6 +3358,30 @@ typedef struct {
     __pyx_atomic_int_type initialized;
 #endif
 } __Pyx_CachedCFunction;
+
+/* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
+#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
+
+/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+#else
+#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+#endif
 
 /* UnpackUnboundCMethod_impl.export */
 static int __Pyx_TryUnpackUnboundCMethod(__Pyx_CachedCFunction* target);
@@ -3539,6 +3493,83 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
+/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
+#else
+#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
+    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
+}
+#endif
+#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
+
+/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#else
+#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+
+/* GetBuiltinName.proto (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* PyDictVersioning.proto (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
+#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
+    (version_var) = __PYX_GET_DICT_VERSION(dict);\
+    (cache_var) = (value);
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
+        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
+    } else {\
+        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
+        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
+    }\
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
+#else
+#define __PYX_GET_DICT_VERSION(dict)  (0)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
+#endif
+
+/* GetModuleGlobalName.proto */
+#if CYTHON_USE_DICT_VERSIONS
+#define __Pyx_GetModuleGlobalName(var, name)  do {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
+        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
+        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
+    PY_UINT64_T __pyx_dict_version;\
+    PyObject *__pyx_dict_cached_value;\
+    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
+#else
+#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
+#endif
+
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
     #define __Pyx_PyObject_FormatSimple(s, f) (\
@@ -3555,6 +3586,13 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
         likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
         PyObject_Format(s, f))
 #endif
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
@@ -3793,6 +3831,9 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
 /* SetupReduce.export */
 static int __Pyx_setup_reduce(PyObject* type_obj);
 
+/* FunctionImport.proto */
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig);
+
 /* HasAttr.proto (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 #define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
@@ -4000,10 +4041,27 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
+
+/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
+#else
+#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
+#endif
+
+/* PyObjectVectorcallMethodKwds.proto (used by CIntToPy) */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
+#else
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
@@ -4172,6 +4230,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.membership" */
 
 /* Module declarations from "ivshmem.channel.ends" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_4ends_was_removed)(PyObject *); /*proto*/
 
 /* Module declarations from "cython" */
 
@@ -4179,9 +4238,12 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "libc.stdlib" */
 
+/* Module declarations from "ivshmem.channel.records" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_7records_facts_of)(struct ivshmem_record *); /*proto*/
+
 /* Module declarations from "ivshmem.channel.roles" */
 static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void); /*proto*/
-static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.roles"
@@ -4193,7 +4255,7 @@ int __pyx_module_is_main_ivshmem__channel__roles = 0;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Internal_the_two_roles_in_a_chan[] = "Internal: the two roles in a channel, writing and reading, as far as all kinds share them.\n\nKnows: taking a slot, cells that are loaned or looked at, copies. Does not know: how a kind\npublishes and takes messages.\n\nInvariants:\n1. A cell that is loaned, or looked at, is not used for anything else until it is given back.\n2. What is copied out counts only after the header has checked it.\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type); /* proto */
+static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, PyObject *__pyx_v_message_type); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
@@ -4201,7 +4263,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(stru
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history); /* proto */
+static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history); /* proto */
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
@@ -4260,10 +4322,14 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[6];
-    PyObject *__pyx_string_tab[91];
+    PyObject *__pyx_string_tab[90];
 /* #### Code section: module_state_contents ### */
+/* PyFrozenDict.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API
+PyObject *__Pyx_PyFrozenDictType;
+#endif
+
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
 
@@ -4316,87 +4382,86 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[7]
 #define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[8]
 #define __pyx_kp_u_s __pyx_string_tab[9]
-#define __pyx_kp_u_was_removed __pyx_string_tab[10]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[11]
-#define __pyx_kp_u__3 __pyx_string_tab[12]
-#define __pyx_kp_u__2 __pyx_string_tab[13]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[14]
-#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
-#define __pyx_kp_u_ __pyx_string_tab[16]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[17]
-#define __pyx_kp_u_add_note __pyx_string_tab[18]
-#define __pyx_kp_u_channel __pyx_string_tab[19]
-#define __pyx_kp_u_disable __pyx_string_tab[20]
-#define __pyx_kp_u_enable __pyx_string_tab[21]
-#define __pyx_kp_u_gc __pyx_string_tab[22]
-#define __pyx_kp_u_isenabled __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[25]
-#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[26]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[27]
-#define __pyx_n_u_ChannelError __pyx_string_tab[28]
-#define __pyx_n_u_ClosedError __pyx_string_tab[29]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[30]
-#define __pyx_n_u_Overtaken __pyx_string_tab[31]
-#define __pyx_n_u_ReaderEnd __pyx_string_tab[32]
-#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[35]
-#define __pyx_n_u_WriterEnd __pyx_string_tab[36]
-#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[37]
-#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[38]
-#define __pyx_n_u_WriterEnd_close __pyx_string_tab[39]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[40]
-#define __pyx_n_u_annotate __pyx_string_tab[41]
-#define __pyx_n_u_func __pyx_string_tab[42]
-#define __pyx_n_u_getstate __pyx_string_tab[43]
-#define __pyx_n_u_main __pyx_string_tab[44]
-#define __pyx_n_u_module __pyx_string_tab[45]
-#define __pyx_n_u_name_2 __pyx_string_tab[46]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[47]
-#define __pyx_n_u_pyx_state __pyx_string_tab[48]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
-#define __pyx_n_u_qualname __pyx_string_tab[50]
-#define __pyx_n_u_reduce __pyx_string_tab[51]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
-#define __pyx_n_u_set_name __pyx_string_tab[54]
-#define __pyx_n_u_setstate __pyx_string_tab[55]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
-#define __pyx_n_u_test __pyx_string_tab[57]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[58]
-#define __pyx_n_u_all_of __pyx_string_tab[59]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[60]
-#define __pyx_n_u_channels __pyx_string_tab[61]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[62]
-#define __pyx_n_u_close __pyx_string_tab[63]
-#define __pyx_n_u_counted __pyx_string_tab[64]
-#define __pyx_n_u_decode __pyx_string_tab[65]
-#define __pyx_n_u_errors __pyx_string_tab[66]
-#define __pyx_n_u_g __pyx_string_tab[67]
-#define __pyx_n_u_history __pyx_string_tab[68]
-#define __pyx_n_u_index __pyx_string_tab[69]
-#define __pyx_n_u_items __pyx_string_tab[70]
-#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[71]
-#define __pyx_n_u_loan __pyx_string_tab[72]
-#define __pyx_n_u_membership __pyx_string_tab[73]
-#define __pyx_n_u_memoryview __pyx_string_tab[74]
-#define __pyx_n_u_message_type __pyx_string_tab[75]
-#define __pyx_n_u_name __pyx_string_tab[76]
-#define __pyx_n_u_overflow __pyx_string_tab[77]
-#define __pyx_n_u_pop __pyx_string_tab[78]
-#define __pyx_n_u_reader __pyx_string_tab[79]
-#define __pyx_n_u_replace __pyx_string_tab[80]
-#define __pyx_n_u_self __pyx_string_tab[81]
-#define __pyx_n_u_setdefault __pyx_string_tab[82]
-#define __pyx_n_u_text __pyx_string_tab[83]
-#define __pyx_n_u_values __pyx_string_tab[84]
-#define __pyx_n_u_view __pyx_string_tab[85]
-#define __pyx_n_u_writer __pyx_string_tab[86]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[90]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[10]
+#define __pyx_kp_u__3 __pyx_string_tab[11]
+#define __pyx_kp_u__2 __pyx_string_tab[12]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[13]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[14]
+#define __pyx_kp_u_ __pyx_string_tab[15]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
+#define __pyx_kp_u_add_note __pyx_string_tab[17]
+#define __pyx_kp_u_channel __pyx_string_tab[18]
+#define __pyx_kp_u_disable __pyx_string_tab[19]
+#define __pyx_kp_u_enable __pyx_string_tab[20]
+#define __pyx_kp_u_gc __pyx_string_tab[21]
+#define __pyx_kp_u_isenabled __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[25]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[26]
+#define __pyx_n_u_ChannelError __pyx_string_tab[27]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[28]
+#define __pyx_n_u_Overtaken __pyx_string_tab[29]
+#define __pyx_n_u_ReaderEnd __pyx_string_tab[30]
+#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[31]
+#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[32]
+#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[33]
+#define __pyx_n_u_WriterEnd __pyx_string_tab[34]
+#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[35]
+#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[36]
+#define __pyx_n_u_WriterEnd_close __pyx_string_tab[37]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[38]
+#define __pyx_n_u_annotate __pyx_string_tab[39]
+#define __pyx_n_u_func __pyx_string_tab[40]
+#define __pyx_n_u_getstate __pyx_string_tab[41]
+#define __pyx_n_u_main __pyx_string_tab[42]
+#define __pyx_n_u_module __pyx_string_tab[43]
+#define __pyx_n_u_name_2 __pyx_string_tab[44]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[45]
+#define __pyx_n_u_pyx_state __pyx_string_tab[46]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[47]
+#define __pyx_n_u_qualname __pyx_string_tab[48]
+#define __pyx_n_u_reduce __pyx_string_tab[49]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[50]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[51]
+#define __pyx_n_u_set_name __pyx_string_tab[52]
+#define __pyx_n_u_setstate __pyx_string_tab[53]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[54]
+#define __pyx_n_u_test __pyx_string_tab[55]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
+#define __pyx_n_u_all_of __pyx_string_tab[57]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[58]
+#define __pyx_n_u_channels __pyx_string_tab[59]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[60]
+#define __pyx_n_u_close __pyx_string_tab[61]
+#define __pyx_n_u_counted __pyx_string_tab[62]
+#define __pyx_n_u_errors __pyx_string_tab[63]
+#define __pyx_n_u_found __pyx_string_tab[64]
+#define __pyx_n_u_g __pyx_string_tab[65]
+#define __pyx_n_u_history __pyx_string_tab[66]
+#define __pyx_n_u_index __pyx_string_tab[67]
+#define __pyx_n_u_items __pyx_string_tab[68]
+#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[69]
+#define __pyx_n_u_loan __pyx_string_tab[70]
+#define __pyx_n_u_membership __pyx_string_tab[71]
+#define __pyx_n_u_memoryview __pyx_string_tab[72]
+#define __pyx_n_u_message_type __pyx_string_tab[73]
+#define __pyx_n_u_name __pyx_string_tab[74]
+#define __pyx_n_u_overflow __pyx_string_tab[75]
+#define __pyx_n_u_pop __pyx_string_tab[76]
+#define __pyx_n_u_reader __pyx_string_tab[77]
+#define __pyx_n_u_self __pyx_string_tab[78]
+#define __pyx_n_u_setdefault __pyx_string_tab[79]
+#define __pyx_n_u_text __pyx_string_tab[80]
+#define __pyx_n_u_values __pyx_string_tab[81]
+#define __pyx_n_u_view __pyx_string_tab[82]
+#define __pyx_n_u_writer __pyx_string_tab[83]
+#define __pyx_kp_b_PyObject_PyObject_was_removed __pyx_string_tab[84]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[85]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[86]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[89]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4436,9 +4501,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<91; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<90; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4486,9 +4550,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<91; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<90; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5235,7 +5298,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/roles.pyx":32
+/* "ivshmem/channel/roles.pyx":33
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5247,7 +5310,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   struct timespec __pyx_v_t;
   uint64_t __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":34
+  /* "ivshmem/channel/roles.pyx":35
  * cdef uint64_t microseconds() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)             # <<<<<<<<<<<<<<
@@ -5256,7 +5319,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
 */
   (void)(clock_gettime(CLOCK_REALTIME, (&__pyx_v_t)));
 
-  /* "ivshmem/channel/roles.pyx":35
+  /* "ivshmem/channel/roles.pyx":36
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)
  *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000             # <<<<<<<<<<<<<<
@@ -5269,7 +5332,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":32
+  /* "ivshmem/channel/roles.pyx":33
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5283,61 +5346,65 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":38
+/* "ivshmem/channel/roles.pyx":39
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
- *     ChannelEnd end, object channels, Membership membership, unsigned index, str name
+ *     ChannelEnd end, object channels, Membership membership, dict found
  * ) except -1:
 */
 
-static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found) {
   struct ivshmem_record __pyx_v_record;
   int __pyx_v_code;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
+  PyObject *__pyx_t_1 = NULL;
+  unsigned int __pyx_t_2;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_4;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_channel", 0);
 
-  /* "ivshmem/channel/roles.pyx":43
- *     """Open the channel of a record, and check that it is still the one of that name."""
+  /* "ivshmem/channel/roles.pyx":48
+ *     """
  *     cdef ivshmem_record record
- *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)             # <<<<<<<<<<<<<<
+ *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)             # <<<<<<<<<<<<<<
  *     end.channels = channels
  *     end.membership = membership
 */
-  __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_index, (&__pyx_v_record));
+  if (unlikely(__pyx_v_found == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+    __PYX_ERR(0, 48, __pyx_L1_error)
+  }
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_t_2, (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":44
+
+  /* "ivshmem/channel/roles.pyx":49
  *     cdef ivshmem_record record
- *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+ *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     end.channels = channels             # <<<<<<<<<<<<<<
  *     end.membership = membership
- *     end.name = name
+ *     end.name = found["name"]
 */
   __Pyx_INCREF(__pyx_v_channels);
   __Pyx_GIVEREF(__pyx_v_channels);
   __Pyx_GOTREF(__pyx_v_end->channels);
   __Pyx_DECREF_SET(__pyx_v_end->channels, __pyx_v_channels);
 
-  /* "ivshmem/channel/roles.pyx":45
- *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+  /* "ivshmem/channel/roles.pyx":50
+ *     cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     end.channels = channels
  *     end.membership = membership             # <<<<<<<<<<<<<<
- *     end.name = name
+ *     end.name = found["name"]
  *     membership.check()
 */
   __Pyx_INCREF((PyObject *)__pyx_v_membership);
@@ -5345,157 +5412,99 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF((PyObject *)__pyx_v_end->membership);
   __Pyx_DECREF_SET(__pyx_v_end->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/roles.pyx":46
+  /* "ivshmem/channel/roles.pyx":51
  *     end.channels = channels
  *     end.membership = membership
- *     end.name = name             # <<<<<<<<<<<<<<
+ *     end.name = found["name"]             # <<<<<<<<<<<<<<
  *     membership.check()
- *     if code or record.name.decode(errors="replace") != name:
+ *     if code or facts_of(&record) != found:
 */
-  __Pyx_INCREF(__pyx_v_name);
-  __Pyx_GIVEREF(__pyx_v_name);
+  if (unlikely(__pyx_v_found == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+    __PYX_ERR(0, 51, __pyx_L1_error)
+  }
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 51, __pyx_L1_error)
+  __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_end->name);
-  __Pyx_DECREF_SET(__pyx_v_end->name, __pyx_v_name);
+  __Pyx_DECREF_SET(__pyx_v_end->name, ((PyObject*)__pyx_t_1));
+  __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/roles.pyx":47
+  /* "ivshmem/channel/roles.pyx":52
  *     end.membership = membership
- *     end.name = name
+ *     end.name = found["name"]
  *     membership.check()             # <<<<<<<<<<<<<<
- *     if code or record.name.decode(errors="replace") != name:
- *         raise ClosedError(f"channel {name!r} was removed")
+ *     if code or facts_of(&record) != found:
+ *         raise was_removed(end.name)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 52, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":48
- *     end.name = name
+  /* "ivshmem/channel/roles.pyx":53
+ *     end.name = found["name"]
  *     membership.check()
- *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
- *         raise ClosedError(f"channel {name!r} was removed")
+ *     if code or facts_of(&record) != found:             # <<<<<<<<<<<<<<
+ *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
 */
-  __pyx_t_3 = (__pyx_v_code != 0);
+  __pyx_t_5 = (__pyx_v_code != 0);
 
-  if (!__pyx_t_3) {
+  if (!__pyx_t_5) {
 
   } else {
 
-    __pyx_t_2 = __pyx_t_3;
+    __pyx_t_4 = __pyx_t_5;
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_5 = __pyx_t_6;
-  __Pyx_INCREF(__pyx_t_5);
-  #if CYTHON_VECTORCALL
-  #endif
-  __pyx_t_7 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
-    #if CYTHON_VECTORCALL
-    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
-    __Pyx_INCREF(__pyx_t_8);
-    #else
-    {
-      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-      __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-    }
-    #endif
-    __pyx_t_4 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_8);
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    #if CYTHON_VECTORCALL
-    #endif
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-  }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 48, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_5 = __Pyx_PyObject_RichCompareBool(__pyx_t_1, __pyx_v_found, Py_NE); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 53, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  __pyx_t_2 = __pyx_t_3;
+  __pyx_t_4 = __pyx_t_5;
 
   __pyx_L4_bool_binop_done:;
-  if (unlikely(__pyx_t_2)) {
+  if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/roles.pyx":49
+    /* "ivshmem/channel/roles.pyx":54
  *     membership.check()
- *     if code or record.name.decode(errors="replace") != name:
- *         raise ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
+ *     if code or facts_of(&record) != found:
+ *         raise was_removed(end.name)             # <<<<<<<<<<<<<<
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0
 */
-    __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 49, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_9[1] = __pyx_t_5;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
-    __pyx_t_10 = 20;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
-    #endif
-    __pyx_t_1 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
-    #endif
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 49, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_7 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_8))) {
-      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_8);
-      assert(__pyx_t_6);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_6);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
-      __pyx_t_7 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __pyx_t_1 = __pyx_v_end->name;
+    __Pyx_INCREF(__pyx_t_1);
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_4ends_was_removed(((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_Raise(__pyx_t_6, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __PYX_ERR(0, 54, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":48
- *     end.name = name
+    /* "ivshmem/channel/roles.pyx":53
+ *     end.name = found["name"]
  *     membership.check()
- *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
- *         raise ClosedError(f"channel {name!r} was removed")
+ *     if code or facts_of(&record) != found:             # <<<<<<<<<<<<<<
+ *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":50
- *     if code or record.name.decode(errors="replace") != name:
- *         raise ClosedError(f"channel {name!r} was removed")
+  /* "ivshmem/channel/roles.pyx":55
+ *     if code or facts_of(&record) != found:
+ *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
   ivshmem_channel_open((&__pyx_v_end->channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":51
- *         raise ClosedError(f"channel {name!r} was removed")
+  /* "ivshmem/channel/roles.pyx":56
+ *         raise was_removed(end.name)
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0             # <<<<<<<<<<<<<<
  * 
@@ -5507,21 +5516,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":38
+  /* "ivshmem/channel/roles.pyx":39
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
- *     ChannelEnd end, object channels, Membership membership, unsigned index, str name
+ *     ChannelEnd end, object channels, Membership membership, dict found
  * ) except -1:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.roles.open_channel", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -5532,11 +5538,11 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":60
+/* "ivshmem/channel/roles.pyx":65
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
- *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *         self, channels, Membership membership not None, dict found not None, message_type=None
  *     ):
 */
 
@@ -5545,12 +5551,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
 static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   PyObject *__pyx_v_channels = 0;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  unsigned int __pyx_v_index;
-  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_found = 0;
   PyObject *__pyx_v_message_type = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[5] = {0,0,0,0,0};
+  PyObject* values[4] = {0,0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -5564,77 +5569,70 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   #endif
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_message_type,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 60, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 65, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 60, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 65, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 65, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 65, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 65, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 60, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 65, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":61
+      /* "ivshmem/channel/roles.pyx":66
  * 
  *     def __cinit__(
- *         self, channels, Membership membership not None, unsigned index, str name, message_type=None             # <<<<<<<<<<<<<<
+ *         self, channels, Membership membership not None, dict found not None, message_type=None             # <<<<<<<<<<<<<<
  *     ):
  *         cdef ivshmem_geometry *g
 */
-      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
-      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 60, __pyx_L3_error) }
+      if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, i); __PYX_ERR(0, 65, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 60, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 65, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 65, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 65, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 65, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
-      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 61, __pyx_L3_error)
-    __pyx_v_name = ((PyObject*)values[3]);
-    __pyx_v_message_type = values[4];
+    __pyx_v_found = ((PyObject*)values[2]);
+    __pyx_v_message_type = values[3];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 60, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 4, __pyx_nargs); __PYX_ERR(0, 65, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5645,15 +5643,15 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 61, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 61, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 66, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":60
+  /* "ivshmem/channel/roles.pyx":65
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
- *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *         self, channels, Membership membership not None, dict found not None, message_type=None
  *     ):
 */
 
@@ -5670,12 +5668,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type) {
+static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, PyObject *__pyx_v_message_type) {
   struct ivshmem_geometry *__pyx_v_g;
   struct ivshmem_writer_tables *__pyx_v_tables;
   uint64_t __pyx_v_cells;
@@ -5701,7 +5698,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":64
+  /* "ivshmem/channel/roles.pyx":69
  *     ):
  *         cdef ivshmem_geometry *g
  *         cdef ivshmem_writer_tables *tables = &self.writer.tables             # <<<<<<<<<<<<<<
@@ -5710,19 +5707,19 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables = (&__pyx_v_self->writer.tables);
 
-  /* "ivshmem/channel/roles.pyx":67
+  /* "ivshmem/channel/roles.pyx":72
  *         cdef uint64_t cells
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":68
+  /* "ivshmem/channel/roles.pyx":73
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
  *         self.type = message_type             # <<<<<<<<<<<<<<
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each
@@ -5732,8 +5729,8 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":69
- *         open_channel(self, channels, membership, index, name)
+  /* "ivshmem/channel/roles.pyx":74
+ *         open_channel(self, channels, membership, found)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
  *         cells = self.channel.layout.cells_each
@@ -5741,7 +5738,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":70
+  /* "ivshmem/channel/roles.pyx":75
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each             # <<<<<<<<<<<<<<
@@ -5752,7 +5749,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_v_cells = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":71
+  /* "ivshmem/channel/roles.pyx":76
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0             # <<<<<<<<<<<<<<
@@ -5761,7 +5758,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->times = ((__pyx_v_g->options & IVSHMEM_TIMES) != 0);
 
-  /* "ivshmem/channel/roles.pyx":72
+  /* "ivshmem/channel/roles.pyx":77
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS             # <<<<<<<<<<<<<<
@@ -5779,7 +5776,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   }
   __pyx_v_self->claims = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":73
+  /* "ivshmem/channel/roles.pyx":78
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5788,7 +5785,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":74
+  /* "ivshmem/channel/roles.pyx":79
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5797,7 +5794,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":75
+  /* "ivshmem/channel/roles.pyx":80
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5806,7 +5803,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->cell_of = ((uint32_t *)calloc(__pyx_v_g->slots, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":76
+  /* "ivshmem/channel/roles.pyx":81
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5815,7 +5812,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->free = ((uint32_t *)calloc(__pyx_v_cells, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":77
+  /* "ivshmem/channel/roles.pyx":82
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5827,7 +5824,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/roles.pyx":78
+    /* "ivshmem/channel/roles.pyx":83
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))             # <<<<<<<<<<<<<<
@@ -5836,7 +5833,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->references = ((uint16_t *)calloc(__pyx_v_cells, (sizeof(uint16_t))));
 
-    /* "ivshmem/channel/roles.pyx":79
+    /* "ivshmem/channel/roles.pyx":84
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5845,7 +5842,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->pinned = ((uint32_t *)calloc(((((size_t)__pyx_v_g->readers) * __pyx_v_g->slots) + 1), (sizeof(uint32_t))));
 
-    /* "ivshmem/channel/roles.pyx":80
+    /* "ivshmem/channel/roles.pyx":85
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))             # <<<<<<<<<<<<<<
@@ -5854,7 +5851,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->backlogs = ((struct ivshmem_backlog *)calloc((__pyx_v_g->readers + 1), (sizeof(struct ivshmem_backlog))));
 
-    /* "ivshmem/channel/roles.pyx":77
+    /* "ivshmem/channel/roles.pyx":82
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5863,7 +5860,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":81
+  /* "ivshmem/channel/roles.pyx":86
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5891,7 +5888,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":82
+  /* "ivshmem/channel/roles.pyx":87
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD             # <<<<<<<<<<<<<<
@@ -5909,7 +5906,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":83
+  /* "ivshmem/channel/roles.pyx":88
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)             # <<<<<<<<<<<<<<
@@ -5943,7 +5940,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/roles.pyx":81
+  /* "ivshmem/channel/roles.pyx":86
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5953,16 +5950,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":85
+    /* "ivshmem/channel/roles.pyx":90
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
  *         ):
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 85, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 90, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":81
+    /* "ivshmem/channel/roles.pyx":86
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5971,7 +5968,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":86
+  /* "ivshmem/channel/roles.pyx":91
  *         ):
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
@@ -5980,55 +5977,55 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":87
+  /* "ivshmem/channel/roles.pyx":92
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
 */
   __pyx_t_3 = (__pyx_v_code == IVSHMEM_TAKEN);
 
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":88
+    /* "ivshmem/channel/roles.pyx":93
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
- *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
  *                 " reader has yet to read; create it with more writers"
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/roles.pyx":89
+    /* "ivshmem/channel/roles.pyx":94
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"             # <<<<<<<<<<<<<<
  *                 " reader has yet to read; create it with more writers"
  *             )
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 89, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 94, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 89, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 94, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6045,7 +6042,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -6067,23 +6064,23 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 88, __pyx_L1_error)
+    __PYX_ERR(0, 93, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":87
+    /* "ivshmem/channel/roles.pyx":92
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+ *                 f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":92
+  /* "ivshmem/channel/roles.pyx":97
  *                 " reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6095,20 +6092,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":93
+    /* "ivshmem/channel/roles.pyx":98
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 93, __pyx_L1_error)
+    __PYX_ERR(0, 98, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":92
+    /* "ivshmem/channel/roles.pyx":97
  *                 " reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6117,21 +6114,21 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":94
+  /* "ivshmem/channel/roles.pyx":99
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":60
+  /* "ivshmem/channel/roles.pyx":65
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
- *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *         self, channels, Membership membership not None, dict found not None, message_type=None
  *     ):
 */
 
@@ -6158,7 +6155,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":96
+/* "ivshmem/channel/roles.pyx":101
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6236,7 +6233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":103
+        /* "ivshmem/channel/roles.pyx":108
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6268,7 +6265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":104
+          /* "ivshmem/channel/roles.pyx":109
  *         """
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -6277,32 +6274,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
           __pyx_t_5 = NULL;
 
-          /* "ivshmem/channel/roles.pyx":105
+          /* "ivshmem/channel/roles.pyx":110
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(
  *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"             # <<<<<<<<<<<<<<
  *                 " are in use: release them first (del)"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 105, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 110, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_memoryview);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_memoryview);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 105, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 110, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6319,7 +6316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 105, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -6329,14 +6326,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 104, __pyx_L4_error)
+          __PYX_ERR(0, 109, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":103
+          /* "ivshmem/channel/roles.pyx":108
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6345,7 +6342,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":108
+        /* "ivshmem/channel/roles.pyx":113
  *                 " are in use: release them first (del)"
  *             )
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -6359,13 +6356,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_8, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 108, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 113, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":96
+      /* "ivshmem/channel/roles.pyx":101
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6405,7 +6402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":110
+/* "ivshmem/channel/roles.pyx":115
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6428,7 +6425,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":111
+  /* "ivshmem/channel/roles.pyx":116
  * 
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
@@ -6437,7 +6434,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.cell_of);
 
-  /* "ivshmem/channel/roles.pyx":112
+  /* "ivshmem/channel/roles.pyx":117
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
@@ -6446,7 +6443,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.free);
 
-  /* "ivshmem/channel/roles.pyx":113
+  /* "ivshmem/channel/roles.pyx":118
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
@@ -6455,7 +6452,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.references);
 
-  /* "ivshmem/channel/roles.pyx":114
+  /* "ivshmem/channel/roles.pyx":119
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
@@ -6464,7 +6461,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.pinned);
 
-  /* "ivshmem/channel/roles.pyx":115
+  /* "ivshmem/channel/roles.pyx":120
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)
  *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
@@ -6473,7 +6470,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.backlogs);
 
-  /* "ivshmem/channel/roles.pyx":110
+  /* "ivshmem/channel/roles.pyx":115
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6485,7 +6482,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":119
+/* "ivshmem/channel/roles.pyx":124
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6496,7 +6493,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":120
+  /* "ivshmem/channel/roles.pyx":125
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6505,7 +6502,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":121
+    /* "ivshmem/channel/roles.pyx":126
  *     cdef int ready(self) noexcept:
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6518,7 +6515,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":120
+    /* "ivshmem/channel/roles.pyx":125
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6527,7 +6524,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":122
+  /* "ivshmem/channel/roles.pyx":127
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6540,7 +6537,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":119
+  /* "ivshmem/channel/roles.pyx":124
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6554,7 +6551,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":124
+/* "ivshmem/channel/roles.pyx":129
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6565,7 +6562,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":125
+  /* "ivshmem/channel/roles.pyx":130
  * 
  *     cdef int attempt(self) except? -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
@@ -6578,7 +6575,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":124
+  /* "ivshmem/channel/roles.pyx":129
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6592,7 +6589,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":127
+/* "ivshmem/channel/roles.pyx":132
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6603,7 +6600,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":128
+  /* "ivshmem/channel/roles.pyx":133
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6612,7 +6609,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":129
+    /* "ivshmem/channel/roles.pyx":134
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6621,7 +6618,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
     ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":130
+    /* "ivshmem/channel/roles.pyx":135
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6634,7 +6631,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":128
+    /* "ivshmem/channel/roles.pyx":133
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6643,7 +6640,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":131
+  /* "ivshmem/channel/roles.pyx":136
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6656,7 +6653,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":127
+  /* "ivshmem/channel/roles.pyx":132
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -6670,7 +6667,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":133
+/* "ivshmem/channel/roles.pyx":138
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6680,7 +6677,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":134
+  /* "ivshmem/channel/roles.pyx":139
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6689,7 +6686,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
-  /* "ivshmem/channel/roles.pyx":133
+  /* "ivshmem/channel/roles.pyx":138
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6701,7 +6698,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/roles.pyx":136
+/* "ivshmem/channel/roles.pyx":141
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6718,7 +6715,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":137
+  /* "ivshmem/channel/roles.pyx":142
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -6727,7 +6724,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":138
+  /* "ivshmem/channel/roles.pyx":143
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6753,17 +6750,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":139
+    /* "ivshmem/channel/roles.pyx":144
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":138
+    /* "ivshmem/channel/roles.pyx":143
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6772,7 +6769,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":140
+  /* "ivshmem/channel/roles.pyx":145
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6785,7 +6782,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":136
+  /* "ivshmem/channel/roles.pyx":141
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6802,7 +6799,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":142
+/* "ivshmem/channel/roles.pyx":147
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6813,7 +6810,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":143
+  /* "ivshmem/channel/roles.pyx":148
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
@@ -6822,7 +6819,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
 */
   ivshmem_writer_close((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":144
+  /* "ivshmem/channel/roles.pyx":149
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6835,7 +6832,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":142
+  /* "ivshmem/channel/roles.pyx":147
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6849,7 +6846,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":148
+/* "ivshmem/channel/roles.pyx":153
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6881,14 +6878,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/roles.pyx":151
+  /* "ivshmem/channel/roles.pyx":156
  *     def limit(self):
  *         """Bytes that a message can have."""
  *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6901,7 +6898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":148
+  /* "ivshmem/channel/roles.pyx":153
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6920,7 +6917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":153
+/* "ivshmem/channel/roles.pyx":158
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6931,7 +6928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
   char *__pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":157
+  /* "ivshmem/channel/roles.pyx":162
  *             <char *>self.channel.area.memory.start
  *             + self.writer.cells_at
  *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -6944,7 +6941,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":153
+  /* "ivshmem/channel/roles.pyx":158
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6957,7 +6954,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":160
+/* "ivshmem/channel/roles.pyx":165
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6985,7 +6982,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/channel/roles.pyx":161
+  /* "ivshmem/channel/roles.pyx":166
  * 
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(             # <<<<<<<<<<<<<<
@@ -6994,26 +6991,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/roles.pyx":163
+  /* "ivshmem/channel/roles.pyx":168
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout             # <<<<<<<<<<<<<<
  *             else f"channel {self.name!r} is full"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 163, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 168, __pyx_L1_error)
   if (__pyx_t_4) {
 
-    /* "ivshmem/channel/roles.pyx":162
+    /* "ivshmem/channel/roles.pyx":167
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
  *             if timeout
  *             else f"channel {self.name!r} is full"
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_7[1] = __pyx_t_5;
@@ -7029,7 +7026,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7037,14 +7034,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_10 = 0;
   } else {
 
-    /* "ivshmem/channel/roles.pyx":164
+    /* "ivshmem/channel/roles.pyx":169
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout
  *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_11[1] = __pyx_t_10;
@@ -7058,7 +7055,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_3 = __pyx_t_6;
@@ -7071,7 +7068,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7085,7 +7082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":160
+  /* "ivshmem/channel/roles.pyx":165
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -7109,7 +7106,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":167
+/* "ivshmem/channel/roles.pyx":172
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -7125,7 +7122,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":168
+  /* "ivshmem/channel/roles.pyx":173
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -7138,18 +7135,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/roles.pyx":169
+    /* "ivshmem/channel/roles.pyx":174
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":170
+  /* "ivshmem/channel/roles.pyx":175
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7162,7 +7159,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":167
+  /* "ivshmem/channel/roles.pyx":172
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -7179,7 +7176,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":172
+/* "ivshmem/channel/roles.pyx":177
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7199,7 +7196,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_room", 0);
 
-  /* "ivshmem/channel/roles.pyx":175
+  /* "ivshmem/channel/roles.pyx":180
  *         """Wait until a message can be published, and borrow a cell for it."""
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -7208,7 +7205,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/channel/roles.pyx":176
+    /* "ivshmem/channel/roles.pyx":181
  *         cdef int code
  *         while True:
  *             code = self.ready()             # <<<<<<<<<<<<<<
@@ -7217,7 +7214,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
 
-    /* "ivshmem/channel/roles.pyx":177
+    /* "ivshmem/channel/roles.pyx":182
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7229,17 +7226,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":178
+      /* "ivshmem/channel/roles.pyx":183
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L1_error)
       __pyx_v_code = __pyx_t_2;
 
-      /* "ivshmem/channel/roles.pyx":179
+      /* "ivshmem/channel/roles.pyx":184
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7251,20 +7248,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       if (unlikely(__pyx_t_1)) {
 
 
-        /* "ivshmem/channel/roles.pyx":180
+        /* "ivshmem/channel/roles.pyx":185
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 180, __pyx_L1_error)
+        __PYX_ERR(0, 185, __pyx_L1_error)
 
-        /* "ivshmem/channel/roles.pyx":179
+        /* "ivshmem/channel/roles.pyx":184
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7273,7 +7270,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/channel/roles.pyx":177
+      /* "ivshmem/channel/roles.pyx":182
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7282,7 +7279,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":181
+    /* "ivshmem/channel/roles.pyx":186
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7294,20 +7291,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":182
+      /* "ivshmem/channel/roles.pyx":187
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 182, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 182, __pyx_L1_error)
+      __PYX_ERR(0, 187, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":181
+      /* "ivshmem/channel/roles.pyx":186
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7316,7 +7313,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":183
+    /* "ivshmem/channel/roles.pyx":188
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -7328,7 +7325,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":184
+      /* "ivshmem/channel/roles.pyx":189
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7341,7 +7338,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/roles.pyx":183
+      /* "ivshmem/channel/roles.pyx":188
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -7350,18 +7347,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":185
+    /* "ivshmem/channel/roles.pyx":190
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  * 
  *     cdef int pause_for_cell(self) except -1:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":172
+  /* "ivshmem/channel/roles.pyx":177
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7383,7 +7380,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":187
+/* "ivshmem/channel/roles.pyx":192
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7412,7 +7409,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pause_for_cell", 0);
 
-  /* "ivshmem/channel/roles.pyx":190
+  /* "ivshmem/channel/roles.pyx":195
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7424,7 +7421,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":191
+    /* "ivshmem/channel/roles.pyx":196
  *         cdef timespec pause
  *         if not self.putting:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7432,35 +7429,35 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
  *                 " all that it was made for"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 196, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/roles.pyx":192
+    /* "ivshmem/channel/roles.pyx":197
  *         if not self.putting:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
  *                 " all that it was made for"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 192, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 192, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7477,7 +7474,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 192, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7499,14 +7496,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 191, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 191, __pyx_L1_error)
+    __PYX_ERR(0, 196, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":190
+    /* "ivshmem/channel/roles.pyx":195
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7515,7 +7512,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":195
+  /* "ivshmem/channel/roles.pyx":200
  *                 " all that it was made for"
  *             )
  *         pause.tv_sec = 0             # <<<<<<<<<<<<<<
@@ -7524,7 +7521,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_sec = 0;
 
-  /* "ivshmem/channel/roles.pyx":196
+  /* "ivshmem/channel/roles.pyx":201
  *             )
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule             # <<<<<<<<<<<<<<
@@ -7533,7 +7530,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_nsec = 0x4E20;
 
-  /* "ivshmem/channel/roles.pyx":197
+  /* "ivshmem/channel/roles.pyx":202
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7546,7 +7543,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":198
+        /* "ivshmem/channel/roles.pyx":203
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:
  *             nanosleep(&pause, NULL)             # <<<<<<<<<<<<<<
@@ -7556,7 +7553,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
         (void)(nanosleep((&__pyx_v_pause), NULL));
       }
 
-      /* "ivshmem/channel/roles.pyx":197
+      /* "ivshmem/channel/roles.pyx":202
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7573,30 +7570,30 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":199
+  /* "ivshmem/channel/roles.pyx":204
  *         with nogil:
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return self.enter()
  * 
 */
-  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":200
+  /* "ivshmem/channel/roles.pyx":205
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()
  *         return self.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_11;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":187
+  /* "ivshmem/channel/roles.pyx":192
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7622,7 +7619,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":202
+/* "ivshmem/channel/roles.pyx":207
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7638,7 +7635,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":203
+  /* "ivshmem/channel/roles.pyx":208
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7650,7 +7647,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":204
+    /* "ivshmem/channel/roles.pyx":209
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -7659,7 +7656,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
     (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
 
-    /* "ivshmem/channel/roles.pyx":205
+    /* "ivshmem/channel/roles.pyx":210
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)
  *             return 0             # <<<<<<<<<<<<<<
@@ -7672,7 +7669,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":203
+    /* "ivshmem/channel/roles.pyx":208
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7681,17 +7678,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":206
+  /* "ivshmem/channel/roles.pyx":211
  *             memcpy(self.at(cell), data, size)
  *             return 0
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":207
+  /* "ivshmem/channel/roles.pyx":212
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7704,7 +7701,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":208
+        /* "ivshmem/channel/roles.pyx":213
  *         self.begin_copy()
  *         with nogil:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
@@ -7714,7 +7711,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
         (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
       }
 
-      /* "ivshmem/channel/roles.pyx":207
+      /* "ivshmem/channel/roles.pyx":212
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7731,20 +7728,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":209
+  /* "ivshmem/channel/roles.pyx":214
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
  *         return self.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":202
+  /* "ivshmem/channel/roles.pyx":207
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7761,7 +7758,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":211
+/* "ivshmem/channel/roles.pyx":216
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7780,7 +7777,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":213
+  /* "ivshmem/channel/roles.pyx":218
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
@@ -7791,7 +7788,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 
   __pyx_v_position = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":214
+  /* "ivshmem/channel/roles.pyx":219
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7807,7 +7804,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_v_time = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":215
+  /* "ivshmem/channel/roles.pyx":220
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7816,7 +7813,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":216
+    /* "ivshmem/channel/roles.pyx":221
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7825,7 +7822,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":215
+    /* "ivshmem/channel/roles.pyx":220
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7835,7 +7832,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":218
+  /* "ivshmem/channel/roles.pyx":223
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7845,7 +7842,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   /*else*/ {
     ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":219
+    /* "ivshmem/channel/roles.pyx":224
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -7854,7 +7851,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     ivshmem_writer_announce((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":220
+    /* "ivshmem/channel/roles.pyx":225
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7865,7 +7862,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":221
+  /* "ivshmem/channel/roles.pyx":226
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7877,17 +7874,17 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/roles.pyx":222
+    /* "ivshmem/channel/roles.pyx":227
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return position
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":221
+    /* "ivshmem/channel/roles.pyx":226
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7896,7 +7893,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":223
+  /* "ivshmem/channel/roles.pyx":228
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return position             # <<<<<<<<<<<<<<
@@ -7909,7 +7906,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":211
+  /* "ivshmem/channel/roles.pyx":216
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7928,7 +7925,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":225
+/* "ivshmem/channel/roles.pyx":230
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7948,17 +7945,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_again", 0);
 
-  /* "ivshmem/channel/roles.pyx":228
+  /* "ivshmem/channel/roles.pyx":233
  *         """After a time without the GIL: whether there is still room, and a channel."""
  *         cdef int code
  *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 233, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":229
+  /* "ivshmem/channel/roles.pyx":234
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7970,20 +7967,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":230
+    /* "ivshmem/channel/roles.pyx":235
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 230, __pyx_L1_error)
+    __PYX_ERR(0, 235, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":229
+    /* "ivshmem/channel/roles.pyx":234
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7992,7 +7989,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":231
+  /* "ivshmem/channel/roles.pyx":236
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8004,20 +8001,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":232
+    /* "ivshmem/channel/roles.pyx":237
  *             raise self.blocked(timeout)
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 232, __pyx_L1_error)
+    __PYX_ERR(0, 237, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":231
+    /* "ivshmem/channel/roles.pyx":236
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -8026,7 +8023,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":233
+  /* "ivshmem/channel/roles.pyx":238
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8039,7 +8036,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":225
+  /* "ivshmem/channel/roles.pyx":230
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -8059,7 +8056,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":235
+/* "ivshmem/channel/roles.pyx":240
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -8086,7 +8083,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_long", 0);
 
-  /* "ivshmem/channel/roles.pyx":236
+  /* "ivshmem/channel/roles.pyx":241
  * 
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(             # <<<<<<<<<<<<<<
@@ -8094,29 +8091,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
  *             f" {self.channel.record.geometry.limit}"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":237
+  /* "ivshmem/channel/roles.pyx":242
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 242, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/roles.pyx":238
+  /* "ivshmem/channel/roles.pyx":243
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 238, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_7[1] = __pyx_t_4;
@@ -8125,7 +8122,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
   __pyx_t_7[5] = __pyx_t_6;
 
-  /* "ivshmem/channel/roles.pyx":237
+  /* "ivshmem/channel/roles.pyx":242
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
@@ -8141,7 +8138,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 242, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8164,7 +8161,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8178,7 +8175,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":235
+  /* "ivshmem/channel/roles.pyx":240
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -8558,7 +8555,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":248
+/* "ivshmem/channel/roles.pyx":253
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8571,14 +8568,13 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
 static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   PyObject *__pyx_v_channels = 0;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  unsigned int __pyx_v_index;
-  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_found = 0;
   PyObject *__pyx_v_message_type = 0;
   uint32_t __pyx_v_overflow;
   uint32_t __pyx_v_history;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[7] = {0,0,0,0,0,0,0};
+  PyObject* values[6] = {0,0,0,0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8592,103 +8588,96 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   #endif
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  7:
-        values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 248, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":254
- *         unsigned index,
- *         str name,
+      /* "ivshmem/channel/roles.pyx":258
+ *         Membership membership not None,
+ *         dict found not None,
  *         message_type=None,             # <<<<<<<<<<<<<<
  *         uint32_t overflow=0,
  *         uint32_t history=0,
 */
-      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
-      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 248, __pyx_L3_error) }
+      if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, i); __PYX_ERR(0, 253, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
-        case  7:
-        values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 248, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 253, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 253, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 253, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 253, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
-      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 252, __pyx_L3_error)
-    __pyx_v_name = ((PyObject*)values[3]);
-    __pyx_v_message_type = values[4];
-    if (values[5]) {
-      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L3_error)
+    __pyx_v_found = ((PyObject*)values[2]);
+    __pyx_v_message_type = values[3];
+    if (values[4]) {
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[4]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 259, __pyx_L3_error)
     } else {
       __pyx_v_overflow = ((uint32_t)0);
     }
-    if (values[6]) {
-      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 256, __pyx_L3_error)
+    if (values[5]) {
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 260, __pyx_L3_error)
     } else {
       __pyx_v_history = ((uint32_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 3, 6, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8699,11 +8688,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 251, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 253, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":248
+  /* "ivshmem/channel/roles.pyx":253
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8726,12 +8715,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __pyx_L7_cleaned_up:;
 
 
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history) {
+static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history) {
   struct ivshmem_geometry *__pyx_v_g;
   int __pyx_v_code;
   int __pyx_r;
@@ -8753,19 +8741,19 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":260
+  /* "ivshmem/channel/roles.pyx":264
  *         cdef ivshmem_geometry *g
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 264, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":261
+  /* "ivshmem/channel/roles.pyx":265
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
  *         self.type = message_type             # <<<<<<<<<<<<<<
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2
@@ -8775,8 +8763,8 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":262
- *         open_channel(self, channels, membership, index, name)
+  /* "ivshmem/channel/roles.pyx":266
+ *         open_channel(self, channels, membership, found)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
  *         self.holds = g.views + 2
@@ -8784,7 +8772,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":263
+  /* "ivshmem/channel/roles.pyx":267
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2             # <<<<<<<<<<<<<<
@@ -8793,7 +8781,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->holds = (__pyx_v_g->views + 2);
 
-  /* "ivshmem/channel/roles.pyx":264
+  /* "ivshmem/channel/roles.pyx":268
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -8802,7 +8790,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc((__pyx_v_self->holds * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-  /* "ivshmem/channel/roles.pyx":265
+  /* "ivshmem/channel/roles.pyx":269
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8814,16 +8802,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":266
+    /* "ivshmem/channel/roles.pyx":270
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 266, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 270, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":265
+    /* "ivshmem/channel/roles.pyx":269
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8832,7 +8820,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":267
+  /* "ivshmem/channel/roles.pyx":271
  *         if self.held == NULL:
  *             raise MemoryError
  *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8841,7 +8829,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":268
+  /* "ivshmem/channel/roles.pyx":272
  *             raise MemoryError
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
@@ -8850,7 +8838,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":269
+  /* "ivshmem/channel/roles.pyx":273
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
@@ -8859,7 +8847,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
 
-  /* "ivshmem/channel/roles.pyx":270
+  /* "ivshmem/channel/roles.pyx":274
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
@@ -8868,55 +8856,55 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":271
+  /* "ivshmem/channel/roles.pyx":275
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
 */
   __pyx_t_2 = (__pyx_v_code == IVSHMEM_TAKEN);
 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":272
+    /* "ivshmem/channel/roles.pyx":276
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 272, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/roles.pyx":273
+    /* "ivshmem/channel/roles.pyx":277
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 273, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 273, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 277, __pyx_L1_error);
     __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8933,7 +8921,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 273, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8955,24 +8943,24 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 276, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 272, __pyx_L1_error)
+    __PYX_ERR(0, 276, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":271
+    /* "ivshmem/channel/roles.pyx":275
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":275
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+  /* "ivshmem/channel/roles.pyx":279
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -8983,21 +8971,21 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":276
+    /* "ivshmem/channel/roles.pyx":280
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 276, __pyx_L1_error)
+    __PYX_ERR(0, 280, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":275
- *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+    /* "ivshmem/channel/roles.pyx":279
+ *                 f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -9005,17 +8993,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":277
+  /* "ivshmem/channel/roles.pyx":281
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":248
+  /* "ivshmem/channel/roles.pyx":253
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -9044,7 +9032,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":279
+/* "ivshmem/channel/roles.pyx":283
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9067,7 +9055,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":280
+  /* "ivshmem/channel/roles.pyx":284
  * 
  *     def __dealloc__(self):
  *         free(self.held)             # <<<<<<<<<<<<<<
@@ -9076,7 +9064,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->held);
 
-  /* "ivshmem/channel/roles.pyx":279
+  /* "ivshmem/channel/roles.pyx":283
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -9088,7 +9076,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":282
+/* "ivshmem/channel/roles.pyx":286
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9099,7 +9087,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":283
+  /* "ivshmem/channel/roles.pyx":287
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
@@ -9108,7 +9096,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
 */
   ivshmem_reader_close((&__pyx_v_self->reader));
 
-  /* "ivshmem/channel/roles.pyx":284
+  /* "ivshmem/channel/roles.pyx":288
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9121,7 +9109,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":282
+  /* "ivshmem/channel/roles.pyx":286
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9135,7 +9123,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":286
+/* "ivshmem/channel/roles.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9210,7 +9198,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":293
+        /* "ivshmem/channel/roles.pyx":297
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9242,7 +9230,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/roles.pyx":294
+          /* "ivshmem/channel/roles.pyx":298
  *         """
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
@@ -9251,9 +9239,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
           __pyx_t_5 = NULL;
           __pyx_t_7 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 294, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 298, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 294, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 298, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -9273,13 +9261,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 294, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 298, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
-          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 294, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 298, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 294, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 298, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10 = 1;
@@ -9288,14 +9276,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 294, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 294, __pyx_L4_error)
+          __PYX_ERR(0, 298, __pyx_L4_error)
 
-          /* "ivshmem/channel/roles.pyx":293
+          /* "ivshmem/channel/roles.pyx":297
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9304,7 +9292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
         }
 
-        /* "ivshmem/channel/roles.pyx":295
+        /* "ivshmem/channel/roles.pyx":299
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
@@ -9318,13 +9306,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L4_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       }
 
-      /* "ivshmem/channel/roles.pyx":286
+      /* "ivshmem/channel/roles.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9364,7 +9352,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":297
+/* "ivshmem/channel/roles.pyx":301
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9377,7 +9365,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":298
+  /* "ivshmem/channel/roles.pyx":302
  * 
  *     cdef bint is_rung(self) noexcept:
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)             # <<<<<<<<<<<<<<
@@ -9405,7 +9393,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":297
+  /* "ivshmem/channel/roles.pyx":301
  *         ChannelEnd.close(self)
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9419,7 +9407,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":300
+/* "ivshmem/channel/roles.pyx":304
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9437,7 +9425,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":303
+  /* "ivshmem/channel/roles.pyx":307
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9449,7 +9437,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":304
+    /* "ivshmem/channel/roles.pyx":308
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -9458,7 +9446,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":305
+    /* "ivshmem/channel/roles.pyx":309
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9470,16 +9458,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":306
+      /* "ivshmem/channel/roles.pyx":310
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 306, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 310, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":305
+      /* "ivshmem/channel/roles.pyx":309
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9488,7 +9476,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":307
+    /* "ivshmem/channel/roles.pyx":311
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
@@ -9497,7 +9485,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":308
+    /* "ivshmem/channel/roles.pyx":312
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
@@ -9506,7 +9494,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":303
+    /* "ivshmem/channel/roles.pyx":307
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9515,7 +9503,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":309
+  /* "ivshmem/channel/roles.pyx":313
  *             self.held = grown
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
@@ -9526,7 +9514,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":310
+  /* "ivshmem/channel/roles.pyx":314
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
@@ -9537,7 +9525,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":311
+  /* "ivshmem/channel/roles.pyx":315
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -9546,7 +9534,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":312
+  /* "ivshmem/channel/roles.pyx":316
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -9559,7 +9547,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":300
+  /* "ivshmem/channel/roles.pyx":304
  *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9577,7 +9565,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":314
+/* "ivshmem/channel/roles.pyx":318
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9594,7 +9582,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":317
+  /* "ivshmem/channel/roles.pyx":321
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9608,7 +9596,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":318
+    /* "ivshmem/channel/roles.pyx":322
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9634,7 +9622,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":319
+      /* "ivshmem/channel/roles.pyx":323
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -9643,7 +9631,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":320
+      /* "ivshmem/channel/roles.pyx":324
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -9652,7 +9640,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":321
+      /* "ivshmem/channel/roles.pyx":325
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -9661,7 +9649,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":318
+      /* "ivshmem/channel/roles.pyx":322
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9673,7 +9661,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":322
+  /* "ivshmem/channel/roles.pyx":326
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -9686,7 +9674,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":314
+  /* "ivshmem/channel/roles.pyx":318
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9701,7 +9689,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":324
+/* "ivshmem/channel/roles.pyx":328
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9724,7 +9712,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":326
+  /* "ivshmem/channel/roles.pyx":330
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -9735,17 +9723,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":328
+  /* "ivshmem/channel/roles.pyx":332
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":329
+  /* "ivshmem/channel/roles.pyx":333
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9759,7 +9747,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":330
+    /* "ivshmem/channel/roles.pyx":334
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9777,7 +9765,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":331
+    /* "ivshmem/channel/roles.pyx":335
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -9791,7 +9779,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":330
+    /* "ivshmem/channel/roles.pyx":334
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9801,7 +9789,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":333
+      /* "ivshmem/channel/roles.pyx":337
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
@@ -9812,7 +9800,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":330
+      /* "ivshmem/channel/roles.pyx":334
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9823,7 +9811,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":334
+  /* "ivshmem/channel/roles.pyx":338
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9835,7 +9823,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":335
+    /* "ivshmem/channel/roles.pyx":339
  *                 oldest = self.held[i].position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
@@ -9844,7 +9832,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":336
+    /* "ivshmem/channel/roles.pyx":340
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9856,17 +9844,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":337
+      /* "ivshmem/channel/roles.pyx":341
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":336
+      /* "ivshmem/channel/roles.pyx":340
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9875,7 +9863,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":334
+    /* "ivshmem/channel/roles.pyx":338
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9884,7 +9872,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":338
+  /* "ivshmem/channel/roles.pyx":342
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9897,7 +9885,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":324
+  /* "ivshmem/channel/roles.pyx":328
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9916,7 +9904,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":340
+/* "ivshmem/channel/roles.pyx":344
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9942,7 +9930,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":341
+  /* "ivshmem/channel/roles.pyx":345
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -9950,19 +9938,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 345, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":342
+  /* "ivshmem/channel/roles.pyx":346
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -9978,7 +9966,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 342, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10000,7 +9988,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10014,7 +10002,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":340
+  /* "ivshmem/channel/roles.pyx":344
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -10038,7 +10026,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":346
+/* "ivshmem/channel/roles.pyx":350
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -10068,7 +10056,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":348
+  /* "ivshmem/channel/roles.pyx":352
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -10077,7 +10065,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":350
+  /* "ivshmem/channel/roles.pyx":354
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -10103,7 +10091,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":351
+    /* "ivshmem/channel/roles.pyx":355
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10112,7 +10100,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":352
+    /* "ivshmem/channel/roles.pyx":356
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10121,7 +10109,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":353
+    /* "ivshmem/channel/roles.pyx":357
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -10130,7 +10118,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":356
+    /* "ivshmem/channel/roles.pyx":360
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10142,17 +10130,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":357
+      /* "ivshmem/channel/roles.pyx":361
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":356
+      /* "ivshmem/channel/roles.pyx":360
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10161,7 +10149,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":350
+    /* "ivshmem/channel/roles.pyx":354
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -10171,7 +10159,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":359
+  /* "ivshmem/channel/roles.pyx":363
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -10179,20 +10167,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":360
+    /* "ivshmem/channel/roles.pyx":364
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":361
+    /* "ivshmem/channel/roles.pyx":365
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -10201,7 +10189,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":362
+      /* "ivshmem/channel/roles.pyx":366
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10214,7 +10202,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":363
+            /* "ivshmem/channel/roles.pyx":367
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10224,7 +10212,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":362
+          /* "ivshmem/channel/roles.pyx":366
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10241,17 +10229,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":364
+      /* "ivshmem/channel/roles.pyx":368
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":365
+      /* "ivshmem/channel/roles.pyx":369
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10261,7 +10249,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":367
+    /* "ivshmem/channel/roles.pyx":371
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -10270,10 +10258,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":368
+        /* "ivshmem/channel/roles.pyx":372
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10299,17 +10287,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":367
+          /* "ivshmem/channel/roles.pyx":371
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":368
+          /* "ivshmem/channel/roles.pyx":372
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10345,7 +10333,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":369
+  /* "ivshmem/channel/roles.pyx":373
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10357,7 +10345,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":370
+    /* "ivshmem/channel/roles.pyx":374
  *                 self.membership.mapping.unpin()
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)             # <<<<<<<<<<<<<<
@@ -10365,7 +10353,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_reader_lose((&__pyx_v_self->reader), __pyx_v_message->writer);
 
-    /* "ivshmem/channel/roles.pyx":369
+    /* "ivshmem/channel/roles.pyx":373
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10374,7 +10362,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":371
+  /* "ivshmem/channel/roles.pyx":375
  *         if code:
  *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code             # <<<<<<<<<<<<<<
@@ -10385,7 +10373,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":346
+  /* "ivshmem/channel/roles.pyx":350
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except? -2:             # <<<<<<<<<<<<<<
@@ -11222,7 +11210,7 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 176;
+    const char * __pyx_export_name = __pyx_export_signature + 162;
     void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
@@ -11270,11 +11258,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.send = (uint64_t (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.at = (char *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 56, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 61, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = &__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
   #endif
@@ -11282,7 +11270,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
@@ -11292,12 +11280,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11325,11 +11313,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 249, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
@@ -11337,7 +11325,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -11347,12 +11335,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11581,11 +11569,59 @@ static int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_PyObject_was_removed);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 23;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_4ends_was_removed, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.records"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct_ivshmem_record_f);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 36;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_7records_facts_of, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
@@ -11881,50 +11917,26 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/roles.pyx":24
- * from .membership cimport Membership
+  /* "ivshmem/channel/roles.pyx":25
+ * from .records cimport facts_of
  * 
- * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
  * from ..text import all_of, counted
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/roles.pyx":25
- * 
- * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
- * from ..text import all_of, counted             # <<<<<<<<<<<<<<
- * 
- * cdef extern from "<time.h>" nogil:
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -11933,19 +11945,43 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":96
+  /* "ivshmem/channel/roles.pyx":26
+ * 
+ * from ..errors import ChannelError, MessageTooLong, Overtaken
+ * from ..text import all_of, counted             # <<<<<<<<<<<<<<
+ * 
+ * cdef extern from "<time.h>" nogil:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/roles.pyx":101
  *         self.enlist()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 96, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11975,19 +12011,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":286
+  /* "ivshmem/channel/roles.pyx":290
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free the slot; may be called twice.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12078,53 +12114,10 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
-
-  /* "ivshmem/channel/roles.pyx":48
- *     end.name = name
- *     membership.check()
- *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
- *         raise ClosedError(f"channel {name!r} was removed")
- *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
-*/
-  {
-    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 48, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
-  }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
-  #if CYTHON_IMMORTAL_CONSTANTS
-  {
-    PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<1; ++i) {
-      #if PY_VERSION_HEX >= 0x030F0000
-      PyUnstable_SetImmortal(table[i]);
-      #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-      if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
-      #if PY_VERSION_HEX < 0x030E0000
-      if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
-      #else
-      if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
-      #endif
-      {
-        Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
-      }
-      #else
-      if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
-      Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
-      #endif
-    }
-  }
-  #endif
   __Pyx_RefNannyFinishContext();
   return 0;
-  __pyx_L1_error:;
-  __Pyx_RefNannyFinishContext();
-  return -1;
 }
 /* #### Code section: init_constants ### */
 
@@ -12134,41 +12127,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{32},{83},{34},{56},{2},{12},{15},{1},{2},{15},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{8},{18},{5},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{201},{9},{57},{66}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{32},{83},{34},{56},{2},{15},{1},{2},{15},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{8},{18},{5},{7},{6},{5},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{34},{44},{187},{9},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (953 bytes) */
-static const char cstring[] = "x\332\215T\315n\0337\020\226\200\240h\212\240\250\323\000\001zb\200\240\216\033Gi\001\241)\224CQ8.P\264I\354 @\332\023A\221\263Z\332\\r\313\341\256\264=\345\350\243\217:\372\250\243\2169\3461\374\030y\204\016\271\253\265P\373P\001+\0169\234\237\357\233\0312\021\230\263\022\366\331<\3272g\302\003\023\306\260\220\223B\0076\027\310\n\241\200e\316\263i\023\000\367\231\260\212T\310\214.\350\206F\026\277\254\"\253n\2350\301<\220\225g\301\271Sf]\310\265\235%\037\254\000D1\003d\332\306kn\316\346@A]\r~\356u\010`c*\006(\005hZ\235t\245\006\305\\\326\033O\310\277\001\201\351V\3012\355\221p\224`\367\031\305\230{\027\340*P\302\322g\224\023\242\006\002e\226N\2363I\013]\217`u\310Y\341(b\314\004<&\2277\337h\275a\014\047\274\027\r\306\364\214\023\026\023\207\004\256B\2701\315G\n\314\036\303D\255\207\202\200\253G\301\003Q\354\305\254\000\033\366F\023\026)\354\000D\307\223Dx\233UbY`\224\010\231\245?\215]:\023\366\363\253\010=!>hB\356l\274M\001\365\024<a0\r\303\340\265\354\215\217\016\217\236\214\177\032\247\232z8\001Ia\260\232J#\020!a\232V\332\004\202\023\232\022p\304~\313X\343*f\201\nB\024\226to\333\200pZ\206\221\336\034\330\256\260Tz\021\264\263\234\314\251\005v\231\322\236\202\350\032\242\365\257\302 \214\204R\234\356\201\244\204,\030\272\202bj\000l\374\237I\215\255\244t\215y\001\305\010\274w\0367\273\000\213\320\311O;\017O\2753\224k\331,\254#\360\231\250L`\234{P\225\004\316\231\252Rt\353\354\023\"\243\326\302\220Vj\253\003\347\007\255\213\303\030\343\3008\004\225\304\227m-\336:\367\207\263\263\327\324\254A\234\202}\223h?\264\252\027F}\034\231\370\347|[E\314 \021r\223R\306`\357R\205i\333\013\327\375m\253\256\371\273R&\177\234\0375\013\372^P\311\371+b\352\rd\234we!-\347Yee\\g\033O\364+\204\266iu\2522\351\304\212\"\255D)\227\242\324\033\2713\211b\035b\221\242\342\357J\230\215\301\206\363k(\372\003X\304\r\001\351\203\340V*\327\000rNo\020\325\211k\344\322yWQo\002\275X\334\321L4Vj7\352\217\261\353\007\224\206v\234@\005/$L\205<M\354HW\331\000J\221\240\240\355\252\031\rSp\276\321V\301\202""\250,\372>\353|\215Ro\305A\247C\032*\314uI\022\231\324\032\346\335\310\306n\207\010\047\276j\231q\363\322\225\355\204z(\r\245\200`2\202\326\365fl\341Z\230\n0\372h\247\\[z)hV+\031[7\022\354\246\047\374Y\227\r\177\326\245\303\307`\025\366]KS\374\335>;j^O\343(G\371\177\270\370\341\373+(\374e/F\353\312\242\236Y\032uJg\333\357\336\240\242\223\037\307\234\222\254\235V{\203\370R\362\316\343\240\320\322\047~)\267\367\303\313[_\234=>?~\377\313\247/\007\267\357\234\215\317\352\363\267\313{\313w\027/V\267V\277\257\347\037\304\345\235\273\347\217\227\307\313\351\305\360\342\376j\270\272\267\372s}|\371\371\335\363o\227\303\345\316\177\r\377\272P\253\207\253\323\017\367?\016;\303\313\257\276Y>X\216\227\377\254vV\273\353\235\365\303\365\311\307\341\247\317\006\267\277n=\374\013W\020\236\036";
-    PyObject *data = __Pyx_DecompressString(cstring, 953, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (957 bytes) */
+static const char cstring[] = "x\332\215TO\213\0337\024\267!\224\246\204\322M\003\201\236^!d\327\211\343\264`\232\342\036BH\266P\332$\273!\220\366$d\351\215G\273\032\311\2254\266\047\247\034\367\270G\037\367\350\243\2179\346c\354\307\310G\350\223f<v\273{\250a\254\047\275\277\277\337{\022\360\000\326\010\354\303<W\"\007\356\020\270\326\020rR\250\000s\356\241\340\022!\263\016\306U@\337\007n$\251<hU\220\205\362\020\277\254$\257f\035\001\007\207\344\345 X{\n\306\206\\\231I\212\001\005z\317\047\350A\231hf\3470GJjg\350\346N\205\200&\226\242\221J\300\252\326\t;U(\301f\255\363\210\342k\344>Y\025\220)\347\t\307\024M\037(\307\334\331\200\333D\tK[QN\210*\014TY:\371\005\004-d\036\301\252\220Ca)c\254\004\235O!\257\267\250\243\371\230\216;\307+\037\313\323\226\033\2378$p\245\307k\313<\220\250{\340\017\202C\242\325\361I\201&\364\006#\210\2645E\307`\243Dr]Ib\226\373(\021\032C\177tP\2270\202\247\257\"\334\204\362y\025rk\2425%QctT\267\256\300\007\247D\353|tx\364h\370\3630\365\321\341\t\nJ\343\313\261\320\334{L8\306\245\322\201 \204j\212~\000\277eP\331\022\014R\023\210\266)\331\355:\0206\003>R\232#\354sC\355\346AY\303\310\235\332\276\017R9J\242f\030\275\177\345\332\343\200K\311\310\016\005\025dP\223\211\347c\215h\342\377D(_KR\315|^`1@\347\254\363\233]\300Eh\344\307M\204\307\316j\252uZ-\214%\360\031/u\000\306\034\312R c \313\224\335X\363\210\310\230)\256I+\224Q\201\261\347u\210\303\230\343e\335\200\267\326\376a\315\3445Me\340\247h\336$\256\017\215l\205A\033\\$\322\031\333U\021\035\236X\270N)\264\365\370.\265\225\266\255p5\336\256\352J\274\2552\305c\354\250Z\320\367\202\372\314^\021=o0c\254\351\005i\031\313J#\342:\331D\242_\301\225I\253\225\245N\047\206\027i%\036\231\340S\265\221\033\227(\316B\354LT\374]r\275q\330\020}\005E{\200\213\270! m\022\277S\312\025\200\214\321cC\315a\3123a\235-i \221\236&f\351\"TF(;h\217}3\004^h\3321\002\025\034\0278\346\3424\261#li\002\312z\2102\332\310\t]\240`]\245\214\304\0051Y\264\263\325\204\032\244y\212\027\232\016\351\"\371\\MI\"\227\231\302ysM\343\204cD\023_\257L\333\371\324N\233\207""\001uF\220\232A\214\363:\343\272D\037\235\353+}T\275\036\307\273\007\017\016\266b\257C\017.\021VP@\271cA\027\270$\241\251\221\014\010\272\214\346\031\247\333K\224(C\017KcU\267\311\216O\330\223\215\303\223\006\025\033\242\221\276\035xz\000\036\364a\233\247\017\377#\304\217?l\031a/[\361\337\221z\235\222J\372i\310\250\254\231U\262\327\211O)kbt\n%\\\352\013U\363\241{y\343\253\263\207\347\307\037\236}\376\272s\363\326\331\360lv\376vyg\371\356\342\305\352\306\352\367\365\374#\277\274u\373\374\341\362x9\276\350^\334]uWwV\177\256\217/\277\274}~\177\331]\356\375\327\361\257\013\271\272\267:\375x\367S\267q\274\374\346\273\345\367\313\341\362\375jo\265\277\336[\337[\237|\352~\376\242s\363\333:\302?6\035\250\254";
+    PyObject *data = __Pyx_DecompressString(cstring, 957, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1264 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\327 of4\006:]\000le\373as!\002m fir}s\305\000pen, \245\000\037wrote_\007\307\002\211\006\235h\317\000yet\227\000\237\002;\343 c\250\000,\000\351\001ith\347 mo\200 \206\001ersC oP\000\014\023\332\003\037\000r\261 \367ray)\000f lo\347ans\277\"\332\000use\376\222\022(del) s\356\326\"rem\366\000d(t\373re\340 ragme?nt).: \277!\243$\342\364\001:\354\"\220\003\351\"ast\035e\333 han\250@\200@\351#\317: ?N\367\001\271BCy\317thon\230An\000ib\377erately \337stric4\006PE\337P-484\317Bre\367jec\325@subc\337lasse\317\002bu\367ilt\251@type\377s. If yo\357u ne\216@to \265p%\000 &\010th\275@s~\333!he \047an\370@?ation_<\000\200`\337\047 dirb\000iv\376\335@o False\337.add_\240`ec\356\313\000nel \000sab\357leen\002\001gci\375s\004\003divshm\377em.error\275s\006\005text\023\004/\336;\004/rol\251\000py\377xno defa\377ult __re\377duce__ d\275uy\002non-\212 v\367ial\033\000cini\257t__C\177\003E`\001C_losed\006\002M\260\204\003\377TooLongO\377vertaken]R\341\204\002End\000\006._\006\315c\373\"__\017\t\227 st\352\205@_\013\017ci\001Wri\000\325@M\000\000\006>\017\017\t?\016.\007K\002___Pyx\001\000D\360@\373_N\247 Ref__\374\220D\210 __func\177____get\224\003\336\n\000main\020\001mowdul!\002nam)\002>\320 _capi.\001\010\001\314,\004\023\001vt\261AG\001qu\303al)\005\354%\205.\206Fex\224{\001\260`_]\005s\200\010\240._\357_tes\245@_is\377_corouti\377neall_of\377asyncio.\272\016\006s\313dscl\"\000_\376\322\000traceba\373ck\351\"count\377eddecode\376\320cghistor\277yindex\211@m\344\337f\227\204\004.\327b\345\206\001mem\377bershipm{em0\000view\326\210\004\362\352\204\001e\260!\322\210\001flow\367pop\213\211\003repl\376\200\000selfset\374\225\204\004\277\204\001values\374@\001\366\207\003int (s\317truc\267\204\001\364!ob\267j_7\375\204""\004_7\246\205\004_\3374ends\255\204\006nd\377 *, PyOb\330\307\206\001\010\001  10\301\007_M\374\315\006F\001unsign\347ed \214\000L\t)\000u\356\236\00064_\242\000voi\327d)\000\246\211\001_\273\206\004\000m\237icros\324 \231\000\200\377\001\330\004\n\210+\220Q\377\200A\360\016\000\t\014\210\3774\210v\220T\230\024\230\377W\240D\250\004\250K\260\377w\270a\330\014\022\220+\377\230Q\230b\240\001\240\027\377\250\001\250\024\250X\260Q\377\330\010\022\220&\230\001\230\375\021)\rY\240d\250$\250\337k\270\027\300\0012\004\330\020\377\032\230!\2304\230z\250\377\021\250\047\260\021\260$\260\377j\300\001\360\006\000\t\023\000<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1264, 1766);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1272 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\327 of4\006:]\000le\373as!\002m fir}s\305\000pen, \245\000\037wrote_\007\307\002\211\006\235h\317\000yet\227\000\237\002;\343 c\250\000,\000\351\001ith\347 mo\200 \206\001ersC oP\000\014\023\332\003\037\000r\261 \367ray)\000f lo\347ans\277\"\332\000use\376\222\022(del) s\357(tre\324 rag\377ment).: \210\263!\227$\350\001:\340\"\204\003\335\"awste\317 han\234@<\364 \335#: ?N\353\001\255B?Cython\214Ab\000\377iberatel\177y stric4\006\177PEP-484\303B\337rejec\311@su\177bclasse\303\002\337built\235@ty\377pes. If \277you ne\202@t\327o p%\000 &\010th\372\261@s\317!he \047a\375n\354@ation_|<\000\364@\047 dirb\000\373iv\321@o Fal\177se.add_\224`\273ec\313\000nel \000s\277ableen\002\001g\367cis\004\003divs\377hmem.err\367ors\006\005textz\023\004/;\004/rol\251\000\377pyxno de\377fault __\377reduce__\367 duy\002non-\336\212 vial\033\000ci\277nit__C\177\003E\372`\001M\231\204\003TooLo\377ngOverta\357kenR\312\204\002Endj\000\006.T\006c\360\"__\017\t\326\214 st\372 _\013\017cl?oseWri\312@M\000\300\000\006>\017\017\t?\016.\007K\002__\327Pyx\001\000D\345@_N>\234 Ref__\205D\375\000\377__func__\237__get\224\003\n\000m\367ain\020\001modu\235l!\002nam)\002\305 _\017capi.\001\010\001,\004\023\001\363vt\246AG\001qual0)\005\341%\205.\373&ex{\001\245`\345_]\005s\200\010\240.__t\373es\232@_is_c\377oroutine\377all_ofas\277yncio.\016\006s\256\300dscl\"\000_\322\000t\377raceback\376\351\"counted\372\277cf\n\000dghis\377toryinde%x\210@m\323f\213\204\004.\313b\315\206\001\376\374`bership\367mem0\000view\344\276\210\004\336\204\001e\257!\272\210\001flo\357wpop\222\207\004elf\347set\202\204\004\254\204\001val\347ues9\001\327\207\003PyO\335b\370\205\001 *(\001\007)\000\337was_re\000ve\375d\027\010struct\335 \207\205\004_re\217 d \377*"")\000facts\276\220 int (\037\004_}_\272Aobj_7)\005\3757\341\205\004_4ends\332\350\204\006nA\000, \200\007, \366  10\210\047_Memv\226$ *>\t)\000u\220\000\36764_\224\000void\353)\000\307\211\001_\350\206\004\000mi\317cros\303\000\213\000\200\001\377\330\004\n\210+\220Q\200\377A\360\016\000\t\014\2104\377\210v\220T\230\024\230W\377\240D\250\004\250K\260w\377\270a\330\014\022\220+\230\377Q\230b\240\001\240\027\250\377\001\250\024\250X\260Q\330\377\010\022\220&\230\001\230\021\376)\rY\240d\250$\250k\357\270\027\300\0012\004\330\020\032\377\230!\2304\230z\250\021\377\250\047\260\021\260$\260j\177\300\001\360\006\000\t\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1272, 1799);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1766 bytes) */
-static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021""\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
+    #else /* compression: none (1799 bytes) */
+static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s(tree fragment).: : a message of : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutineschannelscline_in_tracebackclosecountederrorsfoundghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderselfsetdefaulttextvaluesviewwriterPyObject *(PyObject *)\000was_removedPyObject *(struct ivshmem_record *)\000facts_ofint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+""\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 87; i++) {
+    for (int i = 0; i < 84; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 28) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 27) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12176,8 +12169,8 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 87; i < 91; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-87].length;
+    for (int i = 84; i < 90; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12187,15 +12180,15 @@ static const char bytes[] = " at once, which are all that it was made for bytes,
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 91; i++) {
+    for (Py_ssize_t i = 0; i < 90; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 87;
-      for (Py_ssize_t i=0; i<4; ++i) {
+      PyObject **table = stringtab + 84;
+      for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12250,7 +12243,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 96};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -12265,7 +12258,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
@@ -12293,6 +12286,28 @@ static int __Pyx_InitGlobals(void) {
   int __pyx_clineno = 0;
   /* PythonCompatibility.init */
   if (likely(__Pyx_init_co_variables() == 0 && __Pyx_init_tpflags_variables() == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* PyFrozenDict.init */
+  #if CYTHON_COMPILING_IN_LIMITED_API
+  {
+      PyObject *builtins = PyEval_GetBuiltins(); // borrowed
+      if (likely(builtins)) {
+          PyObject *type_name = PyUnicode_FromStringAndSize("frozendict", sizeof("frozendict")-1);
+          if (likely(type_name)) {
+              PyObject *frozendict_type = PyObject_GetItem(builtins, type_name);
+              Py_DECREF(type_name);
+              if (!frozendict_type && PyErr_ExceptionMatches(PyExc_KeyError)) {
+                  PyErr_Clear();
+                  frozendict_type = (PyObject*) &PyDict_Type;
+                  Py_INCREF(frozendict_type);
+              }
+              __pyx_mstate_global->__Pyx_PyFrozenDictType = frozendict_type;
+          }
+      }
+  } // error handling follows
+  #endif
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
@@ -12401,205 +12416,29 @@ static CYTHON_INLINE long __Pyx_div_long(long a, long b, int b_is_constant) {
     return q - adapt_python;
 }
 
-/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
-    PyObject *v;
-    Py_ssize_t i;
-    for (i = 0; i < length; i++) {
-        v = dest[i] = src[i];
-        Py_INCREF(v);
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by TupleFromArray) */
-#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
-    if (n <= 0) {
-        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    PyObject *res = PyTuple_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-#endif
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectVectorcallKwds) */
+/* PyFrozenDict (used by DictGetItem) */
 #if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
+    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
 }
 #endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
+/* DictGetItem */
+#if !CYTHON_COMPILING_IN_PYPY
+static PyObject *__Pyx_PyDict_GetItem(PyObject *d, PyObject* key) {
+    PyObject *value;
+    if (unlikely(__Pyx_PyDict_GetItemRef(d, key, &value) == 0)) { // no value, no error
+        if (unlikely(PyTuple_Check(key))) {
+            PyObject* args = PyTuple_Pack(1, key);
+            if (likely(args)) {
+                PyErr_SetObject(PyExc_KeyError, args);
+                Py_DECREF(args);
+            }
+        } else {
+            PyErr_SetObject(PyExc_KeyError, key);
         }
     }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
+    return value;
 }
 #endif
 
@@ -12660,108 +12499,7 @@ static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
     return 0;
 }
 
-/* PyObjectCompare */
-#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
-#define __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
-static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolNe(PyObject* s1, PyObject* s2) {
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
-    int result = PyUnicode_Equal(s1, s2);
-    #if !CYTHON_COMPILING_IN_CPYTHON
-    if (unlikely(result == -1)) return -1;
-    #endif
-    if (result != 0) goto __pyx_return_false; else goto __pyx_return_true;
-    #else
-    int result = PyUnicode_Compare(s1, s2);
-    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
-    if (result != 0) goto __pyx_return_true; else goto __pyx_return_false;
-    #endif
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-#endif
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop) {
-    CYTHON_UNUSED_VAR(pyop);
-    if (unlikely(op1 == Py_None)) {
-        if (op2 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
-    }
-    if (unlikely(op2 == Py_None)) {
-        if (op1 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
-    }
-    
-    if (likely(op1 != Py_None)) {
-        if (op1 == op2) goto __pyx_return_false;
-        if (likely(op2 != Py_None)) {
-            return __Pyx_PyObject_CompareStrStrBoolNe(op1, op2);
-        }
-        goto __pyx_richcmp;
-    }
-    
-    if ((0)) goto __pyx_richcmp;
-    if ((0)) goto __pyx_return_true;
-    if ((0)) goto __pyx_return_false;
-__pyx_richcmp:
-    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_NE);
-__pyx_return_true:
-    return 1;
-__pyx_return_false:
-    return 0;
-}
-
-/* IgnoreException (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
-    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
-        PyErr_Clear();
-        return 1;
-    }
-    return 0;
-}
-
-/* FastTypeChecks (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
-
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
+/* PyErrFetchRestore (used by RaiseException) */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
 #if PY_VERSION_HEX >= 0x030C00A6
@@ -12819,306 +12557,6 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #endif
 }
 #endif
-
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
-#else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
-/* PyObjectGetAttrStr (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
-}
-
-/* PyDictVersioning (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
-    PyObject **dictptr = NULL;
-    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
-    if (offset) {
-#if CYTHON_COMPILING_IN_CPYTHON
-        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
-#else
-        dictptr = _PyObject_GetDictPtr(obj);
-#endif
-    }
-    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
-}
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
-        return 0;
-    return obj_dict_version == __Pyx_get_object_dict_version(obj);
-}
-#endif
-
-/* GetModuleGlobalName */
-#if CYTHON_USE_DICT_VERSIONS
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
-#else
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
-#endif
-{
-    PyObject *result;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(!__pyx_m)) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_NameError);
-        return NULL;
-    }
-    result = PyObject_GetAttr(__pyx_m, name);
-    if (likely(result)) {
-        return result;
-    }
-    if (!__Pyx_IgnoreException(PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
-    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL; // BaseException
-        }
-    }
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return result;
-    }
-#else
-    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return __Pyx_NewRef(result);
-    }
-    PyObject *exc = PyErr_Occurred();
-    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#endif
-    return __Pyx_GetBuiltinName(name);
-}
-
-/* PyObjectFormatAndDecref */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
-    if (unlikely(!s)) return NULL;
-    if (likely(PyUnicode_CheckExact(s))) return s;
-    return __Pyx_PyObject_FormatAndDecref(s, f);
-}
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
-    PyObject *result;
-    if (unlikely(!s)) return NULL;
-    result = PyObject_Format(s, f);
-    Py_DECREF(s);
-    return result;
-}
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
 
 /* RaiseException */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
@@ -13227,6 +12665,43 @@ bad:
     Py_XDECREF(owned_instance);
     return;
 }
+
+/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
+    PyObject *v;
+    Py_ssize_t i;
+    for (i = 0; i < length; i++) {
+        v = dest[i] = src[i];
+        Py_INCREF(v);
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by TupleFromArray) */
+#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
+    if (n <= 0) {
+        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    PyObject *res = PyTuple_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+#endif
 
 /* PyObjectCompare (used by UnicodeEquals) */
 #ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
@@ -13338,11 +12813,190 @@ bad:
 #endif
 #endif
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall (used by PyObjectCallOneArg) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
     return __Pyx_PyObject_FastCall(func, args+1, 1 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
 }
+
+/* IgnoreException (used by UnpackUnboundCMethod_impl) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
+    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
+        PyErr_Clear();
+        return 1;
+    }
+    return 0;
+}
+
+/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
 
 /* UnpackUnboundCMethod_impl (used by UnpackUnboundCMethod) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030C0000
@@ -14061,6 +13715,296 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
         return 1;
     __Pyx_ArgTypeError(obj, type, name, exact);
     return 0;
+}
+
+/* GivenExceptionMatches (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
+        }
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
+#endif
+
+/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
+#endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
+    }
+#endif
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
+#endif
+}
+
+/* GetBuiltinName (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
+
+/* PyDictVersioning (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
+    PyObject **dictptr = NULL;
+    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
+    if (offset) {
+#if CYTHON_COMPILING_IN_CPYTHON
+        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
+#else
+        dictptr = _PyObject_GetDictPtr(obj);
+#endif
+    }
+    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
+}
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
+        return 0;
+    return obj_dict_version == __Pyx_get_object_dict_version(obj);
+}
+#endif
+
+/* GetModuleGlobalName */
+#if CYTHON_USE_DICT_VERSIONS
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
+#else
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+#endif
+{
+    PyObject *result;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!__pyx_m)) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_NameError);
+        return NULL;
+    }
+    result = PyObject_GetAttr(__pyx_m, name);
+    if (likely(result)) {
+        return result;
+    }
+    if (!__Pyx_IgnoreException(PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
+    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL; // BaseException
+        }
+    }
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return result;
+    }
+#else
+    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return __Pyx_NewRef(result);
+    }
+    PyObject *exc = PyErr_Occurred();
+    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#endif
+    return __Pyx_GetBuiltinName(name);
+}
+
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
+}
+
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
 }
 
 /* RejectKeywords */
@@ -15517,6 +15461,72 @@ __PYX_GOOD:
     Py_XDECREF(setstate_cython);
     return ret;
 }
+
+/* PxdImportShared (used by FunctionImport) */
+#ifndef __PYX_HAVE_RT_ImportFromPxd_3_3_1
+#define __PYX_HAVE_RT_ImportFromPxd_3_3_1
+static int __Pyx_ImportFromPxd_3_3_1(PyObject *module, const char *name, void **p, const char *sig, const char *what, int optional) {
+    PyObject *d = 0;
+    PyObject *cobj = 0;
+    d = PyObject_GetAttrString(module, "__pyx_capi__");
+    if (!d)
+        goto bad;
+#if (defined(Py_LIMITED_API) && Py_LIMITED_API >= 0x030d0000) || (!defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030d0000)
+    PyDict_GetItemStringRef(d, name, &cobj);
+#else
+    cobj = PyDict_GetItemString(d, name);
+    Py_XINCREF(cobj);
+#endif
+    if (!cobj) {
+        if (optional && !PyErr_Occurred()) {
+            PyErr_Clear();
+            *p = NULL;
+            goto allowed_failure;
+        } else {
+            PyErr_Format(PyExc_ImportError,
+                "%.200s does not export expected C %.8s %.200s",
+                    PyModule_GetName(module), what, name);
+            goto bad;
+        }
+    }
+    if (!PyCapsule_IsValid(cobj, sig)) {
+        PyErr_Format(PyExc_TypeError,
+            "C %.8s %.200s.%.200s has wrong signature (expected %.500s, got %.500s)",
+             what, PyModule_GetName(module), name, sig, PyCapsule_GetName(cobj));
+        goto bad;
+    }
+    *p = PyCapsule_GetPointer(cobj, sig);
+    if (!(*p))
+        goto bad;
+    Py_DECREF(cobj);
+allowed_failure:
+    Py_DECREF(d);
+    return 0;
+bad:
+    Py_XDECREF(d);
+    Py_XDECREF(cobj);
+    return -1;
+}
+#endif
+
+/* FunctionImport */
+#ifndef __PYX_HAVE_RT_ImportFunction_3_3_1
+#define __PYX_HAVE_RT_ImportFunction_3_3_1
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig) {
+    if (*f) {
+        return 0; // already imported under a different name
+    }
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    int result = __Pyx_ImportFromPxd_3_3_1(module, funcname, &tmp.p, sig, "function", 0);
+    if (result == 0) {
+        *f = tmp.fp;
+    }
+    return result;
+}
+#endif
 
 /* HasAttr (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
@@ -17513,6 +17523,307 @@ bad:
     }
 
 /* CIntFromPy */
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
+static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint32_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint32_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint32_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint32_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint32_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint32_t");
+        return (uint32_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint32_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint32_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint32_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint32_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint32_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+#endif
+}
+static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    uint32_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint32_t) -1;
+    val = __Pyx_PyLong_As_uint32_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
+    }
+}
+
+/* CIntFromPy */
 static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
 static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
     const char* type_name = "unsigned int";
@@ -17813,306 +18124,53 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
     }
 }
 
-/* CIntFromPy */
-static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
-static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
-    const char* type_name = "uint32_t";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (uint32_t) -1;
-}
-static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
-    const char* type_name = "uint32_t";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (uint32_t) -1;
-}
-static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        {}
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
     }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
+    return 0;
+}
 #else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (uint32_t) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
-            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(uint32_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    uint32_t val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint32_t) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (uint32_t) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint32_t");
-        return (uint32_t) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (uint32_t) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (uint32_t) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((uint32_t) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((uint32_t) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (uint32_t) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-}
-static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
         }
     }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
-#endif
+    return out;
 }
-static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
-    uint32_t val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint32_t) -1;
-    val = __Pyx_PyLong_As_uint32_t(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
     }
+    return 0;
 }
+#endif
+
+/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
 
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {

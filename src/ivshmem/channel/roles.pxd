@@ -14,7 +14,7 @@ cdef enum:
 
 cdef uint64_t microseconds() noexcept nogil
 cdef int open_channel(
-    ChannelEnd end, object channels, Membership membership, unsigned index, str name
+    ChannelEnd end, object channels, Membership membership, dict found
 ) except -1
 
 

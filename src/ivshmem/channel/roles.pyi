@@ -8,7 +8,11 @@ from .membership import Membership
 @disjoint_base
 class WriterEnd(ChannelEnd):
     def __new__(
-        cls, channels: Any, membership: Membership, index: int, name: str, message_type: Any = None
+        cls,
+        channels: Any,
+        membership: Membership,
+        found: dict[str, Any],
+        message_type: Any = None,
     ) -> Self: ...
     @property
     def type(self) -> Any: ...
@@ -24,8 +28,7 @@ class ReaderEnd(ChannelEnd):
         cls,
         channels: Any,
         membership: Membership,
-        index: int,
-        name: str,
+        found: dict[str, Any],
         message_type: Any = None,
         overflow: int = 0,
         history: int = 0,

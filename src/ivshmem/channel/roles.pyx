@@ -18,10 +18,11 @@ from libc.string cimport memcpy
 
 from ..native.syscalls cimport clock_gettime, timespec
 from .header cimport *
-from .ends cimport ChannelEnd
+from .ends cimport ChannelEnd, was_removed
 from .membership cimport Membership
+from .records cimport facts_of
 
-from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
+from ..errors import ChannelError, MessageTooLong, Overtaken
 from ..text import all_of, counted
 
 cdef extern from "<time.h>" nogil:
@@ -36,17 +37,21 @@ cdef uint64_t microseconds() noexcept nogil:
 
 
 cdef int open_channel(
-    ChannelEnd end, object channels, Membership membership, unsigned index, str name
+    ChannelEnd end, object channels, Membership membership, dict found
 ) except -1:
-    """Open the channel of a record, and check that it is still the one of that name."""
+    """Open the channel that was found, and check that its record still says the same.
+
+    Its name alone tells too little: another process may have removed it, and made one of another
+    kind or type since. Nor is the state enough: a hostile process can store all of a record.
+    """
     cdef ivshmem_record record
-    cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+    cdef int code = ivshmem_record_read(&membership.member.area, found["index"], &record)
     end.channels = channels
     end.membership = membership
-    end.name = name
+    end.name = found["name"]
     membership.check()
-    if code or record.name.decode(errors="replace") != name:
-        raise ClosedError(f"channel {name!r} was removed")
+    if code or facts_of(&record) != found:
+        raise was_removed(end.name)
     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
     return 0
 
@@ -58,13 +63,13 @@ cdef class WriterEnd(ChannelEnd):
     """The slot of a writer, or of a caller."""
 
     def __cinit__(
-        self, channels, Membership membership not None, unsigned index, str name, message_type=None
+        self, channels, Membership membership not None, dict found not None, message_type=None
     ):
         cdef ivshmem_geometry *g
         cdef ivshmem_writer_tables *tables = &self.writer.tables
         cdef uint64_t cells
         cdef int code
-        open_channel(self, channels, membership, index, name)
+        open_channel(self, channels, membership, found)
         self.type = message_type
         g = &self.channel.record.geometry
         cells = self.channel.layout.cells_each
@@ -86,7 +91,7 @@ cdef class WriterEnd(ChannelEnd):
         code = ivshmem_writer_open(&self.writer)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+                f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
                 " reader has yet to read; create it with more writers"
             )
         if code:
@@ -249,15 +254,14 @@ cdef class ReaderEnd(ChannelEnd):
         self,
         channels,
         Membership membership not None,
-        unsigned index,
-        str name,
+        dict found not None,
         message_type=None,
         uint32_t overflow=0,
         uint32_t history=0,
     ):
         cdef ivshmem_geometry *g
         cdef int code
-        open_channel(self, channels, membership, index, name)
+        open_channel(self, channels, membership, found)
         self.type = message_type
         g = &self.channel.record.geometry
         self.holds = g.views + 2
@@ -270,7 +274,7 @@ cdef class ReaderEnd(ChannelEnd):
         code = ivshmem_reader_open(&self.reader, history)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+                f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
             )
         if code:
             raise self.fail(code)

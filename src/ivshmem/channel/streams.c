@@ -2659,7 +2659,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
 };
 
 
-/* "ends.pxd":21
+/* "ends.pxd":24
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -3068,7 +3068,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ends.pxd":21
+/* "ends.pxd":24
  * 
  * 
  * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
@@ -4325,9 +4325,6 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
-
-/* CIntFromPy.proto */
 static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
@@ -4537,7 +4534,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "cpython.exc" */
 
 /* Module declarations from "ivshmem.channel.roles" */
-static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.sleeping_tasks" */
 static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
@@ -4559,7 +4556,7 @@ int __pyx_module_is_main_ivshmem__channel__streams = 0;
 /* #### Code section: string_decls ### */
 static const char __pyx_k_Internal_the_ends_of_a_channel_o[] = "Internal: the ends of a channel of bytes: listeners, and connections that work as a socket does.\n\nKnows: what a program that knows sockets expects. Does not know: the protocol, which is in\nivshmem_channel.h; files over a connection (stream_files.py).\n";
 /* #### Code section: decls ### */
-static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name); /* proto */
+static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_async(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto */
@@ -4568,7 +4565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
@@ -4675,7 +4672,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[26];
-    PyObject *__pyx_string_tab[196];
+    PyObject *__pyx_string_tab[195];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4819,7 +4816,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_getstate __pyx_string_tab[77]
 #define __pyx_n_u_main __pyx_string_tab[78]
 #define __pyx_n_u_module __pyx_string_tab[79]
-#define __pyx_n_u_name_2 __pyx_string_tab[80]
+#define __pyx_n_u_name __pyx_string_tab[80]
 #define __pyx_n_u_pyx_capi __pyx_string_tab[81]
 #define __pyx_n_u_pyx_state __pyx_string_tab[82]
 #define __pyx_n_u_pyx_vtable __pyx_string_tab[83]
@@ -4858,10 +4855,10 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_fd __pyx_string_tab[116]
 #define __pyx_n_u_fileno __pyx_string_tab[117]
 #define __pyx_n_u_flag __pyx_string_tab[118]
-#define __pyx_n_u_g __pyx_string_tab[119]
-#define __pyx_n_u_gettimeout __pyx_string_tab[120]
-#define __pyx_n_u_how __pyx_string_tab[121]
-#define __pyx_n_u_index __pyx_string_tab[122]
+#define __pyx_n_u_found __pyx_string_tab[119]
+#define __pyx_n_u_g __pyx_string_tab[120]
+#define __pyx_n_u_gettimeout __pyx_string_tab[121]
+#define __pyx_n_u_how __pyx_string_tab[122]
 #define __pyx_n_u_items __pyx_string_tab[123]
 #define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[124]
 #define __pyx_n_u_left __pyx_string_tab[125]
@@ -4871,70 +4868,69 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_mode __pyx_string_tab[129]
 #define __pyx_n_u_monotonic __pyx_string_tab[130]
 #define __pyx_n_u_most __pyx_string_tab[131]
-#define __pyx_n_u_name __pyx_string_tab[132]
-#define __pyx_n_u_nbytes __pyx_string_tab[133]
-#define __pyx_n_u_newline __pyx_string_tab[134]
-#define __pyx_n_u_next __pyx_string_tab[135]
-#define __pyx_n_u_os __pyx_string_tab[136]
-#define __pyx_n_u_over __pyx_string_tab[137]
-#define __pyx_n_u_pop __pyx_string_tab[138]
-#define __pyx_n_u_r __pyx_string_tab[139]
-#define __pyx_n_u_read_from __pyx_string_tab[140]
-#define __pyx_n_u_receives __pyx_string_tab[141]
-#define __pyx_n_u_recv __pyx_string_tab[142]
-#define __pyx_n_u_recv_async __pyx_string_tab[143]
-#define __pyx_n_u_recv_into __pyx_string_tab[144]
-#define __pyx_n_u_room __pyx_string_tab[145]
-#define __pyx_n_u_seconds_of __pyx_string_tab[146]
-#define __pyx_n_u_self __pyx_string_tab[147]
-#define __pyx_n_u_send __pyx_string_tab[148]
-#define __pyx_n_u_sendall __pyx_string_tab[149]
-#define __pyx_n_u_sendall_async __pyx_string_tab[150]
-#define __pyx_n_u_sends __pyx_string_tab[151]
-#define __pyx_n_u_sent __pyx_string_tab[152]
-#define __pyx_n_u_setblocking __pyx_string_tab[153]
-#define __pyx_n_u_setdefault __pyx_string_tab[154]
-#define __pyx_n_u_settimeout __pyx_string_tab[155]
-#define __pyx_n_u_shutdown __pyx_string_tab[156]
-#define __pyx_n_u_size __pyx_string_tab[157]
-#define __pyx_n_u_spin __pyx_string_tab[158]
-#define __pyx_n_u_stream __pyx_string_tab[159]
-#define __pyx_n_u_stream_files __pyx_string_tab[160]
-#define __pyx_n_u_strerror __pyx_string_tab[161]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[162]
-#define __pyx_n_u_text __pyx_string_tab[163]
-#define __pyx_n_u_throw __pyx_string_tab[164]
-#define __pyx_n_u_time __pyx_string_tab[165]
-#define __pyx_n_u_timeout __pyx_string_tab[166]
-#define __pyx_n_u_value __pyx_string_tab[167]
-#define __pyx_n_u_values __pyx_string_tab[168]
-#define __pyx_n_u_view __pyx_string_tab[169]
-#define __pyx_n_u_write_to __pyx_string_tab[170]
-#define __pyx_kp_b__3 __pyx_string_tab[171]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[172]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[173]
-#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[195]
+#define __pyx_n_u_nbytes __pyx_string_tab[132]
+#define __pyx_n_u_newline __pyx_string_tab[133]
+#define __pyx_n_u_next __pyx_string_tab[134]
+#define __pyx_n_u_os __pyx_string_tab[135]
+#define __pyx_n_u_over __pyx_string_tab[136]
+#define __pyx_n_u_pop __pyx_string_tab[137]
+#define __pyx_n_u_r __pyx_string_tab[138]
+#define __pyx_n_u_read_from __pyx_string_tab[139]
+#define __pyx_n_u_receives __pyx_string_tab[140]
+#define __pyx_n_u_recv __pyx_string_tab[141]
+#define __pyx_n_u_recv_async __pyx_string_tab[142]
+#define __pyx_n_u_recv_into __pyx_string_tab[143]
+#define __pyx_n_u_room __pyx_string_tab[144]
+#define __pyx_n_u_seconds_of __pyx_string_tab[145]
+#define __pyx_n_u_self __pyx_string_tab[146]
+#define __pyx_n_u_send __pyx_string_tab[147]
+#define __pyx_n_u_sendall __pyx_string_tab[148]
+#define __pyx_n_u_sendall_async __pyx_string_tab[149]
+#define __pyx_n_u_sends __pyx_string_tab[150]
+#define __pyx_n_u_sent __pyx_string_tab[151]
+#define __pyx_n_u_setblocking __pyx_string_tab[152]
+#define __pyx_n_u_setdefault __pyx_string_tab[153]
+#define __pyx_n_u_settimeout __pyx_string_tab[154]
+#define __pyx_n_u_shutdown __pyx_string_tab[155]
+#define __pyx_n_u_size __pyx_string_tab[156]
+#define __pyx_n_u_spin __pyx_string_tab[157]
+#define __pyx_n_u_stream __pyx_string_tab[158]
+#define __pyx_n_u_stream_files __pyx_string_tab[159]
+#define __pyx_n_u_strerror __pyx_string_tab[160]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[161]
+#define __pyx_n_u_text __pyx_string_tab[162]
+#define __pyx_n_u_throw __pyx_string_tab[163]
+#define __pyx_n_u_time __pyx_string_tab[164]
+#define __pyx_n_u_timeout __pyx_string_tab[165]
+#define __pyx_n_u_value __pyx_string_tab[166]
+#define __pyx_n_u_values __pyx_string_tab[167]
+#define __pyx_n_u_view __pyx_string_tab[168]
+#define __pyx_n_u_write_to __pyx_string_tab[169]
+#define __pyx_kp_b__3 __pyx_string_tab[170]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[171]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[172]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[194]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -4986,7 +4982,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<196; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5047,7 +5043,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<196; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5802,9 +5798,9 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
 /* "ivshmem/channel/streams.pyx":43
  *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
- *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
+ *     def __cinit__(self, channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
 */
 
 /* Python wrapper */
@@ -5812,11 +5808,10 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
 static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   PyObject *__pyx_v_channels = 0;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  unsigned int __pyx_v_index;
-  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_found = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[4] = {0,0,0,0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -5830,15 +5825,11 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   #endif
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
     if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 43, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  4:
-        values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 43, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
         if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 43, __pyx_L3_error)
@@ -5856,10 +5847,10 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 43, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 43, __pyx_L3_error) }
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 43, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 4)) {
+    } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
@@ -5868,17 +5859,14 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 43, __pyx_L3_error)
-      values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 43, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L3_error)
-    __pyx_v_name = ((PyObject*)values[3]);
+    __pyx_v_found = ((PyObject*)values[2]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 43, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 43, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5890,8 +5878,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   return -1;
   __pyx_L4_argument_unpacking_done:;
   if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 43, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 43, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found);
 
   /* function exit code */
   goto __pyx_L0;
@@ -5906,12 +5894,11 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
+static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found) {
   int __pyx_v_code;
   uint32_t __pyx_v_most;
   int __pyx_r;
@@ -5935,18 +5922,18 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
   /* "ivshmem/channel/streams.pyx":45
- *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
+ *     def __cinit__(self, channels, Membership membership not None, dict found not None):
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *         open_channel(self, channels, membership, found)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 45, __pyx_L1_error)
 
 
   /* "ivshmem/channel/streams.pyx":46
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
@@ -5954,7 +5941,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
   /* "ivshmem/channel/streams.pyx":47
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
  *         code = ivshmem_listen(&self.listener)
@@ -5988,7 +5975,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+ *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
 */
     __pyx_t_3 = __pyx_v_self->__pyx_base.channel.record.geometry.readers;
 
@@ -5998,7 +5985,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(             # <<<<<<<<<<<<<<
- *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+ *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
 */
     __pyx_t_5 = NULL;
@@ -6008,11 +5995,11 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     /* "ivshmem/channel/streams.pyx":52
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(
- *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 52, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
@@ -6086,7 +6073,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   }
 
   /* "ivshmem/channel/streams.pyx":54
- *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+ *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -6111,7 +6098,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __PYX_ERR(0, 55, __pyx_L1_error)
 
     /* "ivshmem/channel/streams.pyx":54
- *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+ *                 f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -6132,9 +6119,9 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   /* "ivshmem/channel/streams.pyx":43
  *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
- *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
+ *     def __cinit__(self, channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *         cdef int code
- *         open_channel(self, channels, membership, index, name)
+ *         open_channel(self, channels, membership, found)
 */
 
   /* function exit code */
@@ -7556,7 +7543,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
 /* "ivshmem/channel/streams.pyx":125
  * 
  * 
- * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
+ * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
@@ -7580,13 +7567,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 ) {
   PyObject *__pyx_v_channels = 0;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  unsigned int __pyx_v_index;
-  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_found = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[4] = {0,0,0,0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7602,15 +7588,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
     if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 125, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 125, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
         if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 125, __pyx_L3_error)
@@ -7628,10 +7610,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 125, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 125, __pyx_L3_error) }
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, i); __PYX_ERR(0, 125, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 4)) {
+    } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
@@ -7640,17 +7622,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 125, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
       if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 125, __pyx_L3_error)
-      values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 125, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 125, __pyx_L3_error)
-    __pyx_v_name = ((PyObject*)values[3]);
+    __pyx_v_found = ((PyObject*)values[2]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 125, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 125, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7662,8 +7641,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return NULL;
   __pyx_L4_argument_unpacking_done:;
   if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 125, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 125, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_found);
 
   /* function exit code */
   goto __pyx_L0;
@@ -7678,12 +7657,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_stream = 0;
   int __pyx_v_code;
   uint32_t __pyx_v_most;
@@ -7713,7 +7691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
- *     open_channel(stream, channels, membership, index, name)
+ *     open_channel(stream, channels, membership, found)
 */
   __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -7723,16 +7701,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   /* "ivshmem/channel/streams.pyx":134
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
- *     open_channel(stream, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *     open_channel(stream, channels, membership, found)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L1_error)
 
 
   /* "ivshmem/channel/streams.pyx":135
  *     cdef int code
- *     open_channel(stream, channels, membership, index, name)
+ *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
@@ -7740,7 +7718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
   /* "ivshmem/channel/streams.pyx":136
- *     open_channel(stream, channels, membership, index, name)
+ *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
  *     code = ivshmem_stream_connect(&stream.stream)
@@ -7753,7 +7731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NOT_FOUND:
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
@@ -7761,7 +7739,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
 */
   __pyx_t_3 = (__pyx_v_code == IVSHMEM_NOT_FOUND);
@@ -7772,12 +7750,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     /* "ivshmem/channel/streams.pyx":139
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")             # <<<<<<<<<<<<<<
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 139, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 139, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7811,14 +7789,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
 */
   }
 
   /* "ivshmem/channel/streams.pyx":140
  *     if code == IVSHMEM_NOT_FOUND:
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
@@ -7829,11 +7807,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
 
     /* "ivshmem/channel/streams.pyx":141
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
  *         raise ChannelError(
- *             f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"
+ *             f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"
 */
     __pyx_t_10 = __pyx_v_stream->__pyx_base.channel.record.geometry.writers;
 
@@ -7843,7 +7821,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(             # <<<<<<<<<<<<<<
- *             f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"
+ *             f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"
  *             " connections"
 */
     __pyx_t_8 = NULL;
@@ -7853,11 +7831,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     /* "ivshmem/channel/streams.pyx":143
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
- *             f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
+ *             f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
  *             " connections"
  *         )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 143, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
@@ -7923,7 +7901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     /* "ivshmem/channel/streams.pyx":140
  *     if code == IVSHMEM_NOT_FOUND:
- *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+ *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
@@ -8005,7 +7983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   /* "ivshmem/channel/streams.pyx":125
  * 
  * 
- * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
+ * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
@@ -18010,7 +17988,7 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 160;
+    const char * __pyx_import_name = __pyx_import_signature + 146;
     void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
@@ -18309,7 +18287,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__pyx_module_is_main_ivshmem__channel__streams) {
-    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name_2, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -18566,7 +18544,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   /* "ivshmem/channel/streams.pyx":125
  * 
  * 
- * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
+ * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
@@ -19045,38 +19023,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{2},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{172},{39},{9},{176},{164},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{2},{6},{4},{5},{1},{10},{3},{5},{23},{4},{8},{8},{10},{4},{9},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{158},{39},{9},{178},{164},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1896 bytes) */
-static const char cstring[] = "x\332\255VKw\333\306\025\026O\025W\262\025[\262]:\221\343v\230\310o\2071]\306V\224\246=\262l7n\022G\262\224\330N\0378C` \301\0021\024f@\212N\037Zr\211%\226\263\304\222K.\265\324\222K.\365\023\364\023\362\r\036$\025\305\347\364\364T\347\010\234\271\230{\357w\277\373\030\020*\211\334r\004\251\363:\363$\251\265%\023\331\323\361$\047\224\324\002\333f>\3416\201\204\004\202}NL\237Q\311\210#I\313\221[\320\365\0311\271\3471S:\334\023\2047\230\367\313\247\\GH\3461_\020qC\372\214\021\333\247\233\332\363\315\362\335\324\355R\242\300\003\327\".\347\333\320\330f\200\310\010\363\254%\262D\356\022\356\247\266\004\203OK\334\321\202g\334cKd\375\313\3576\214\347\217\356\244\213\027\317\365\233L\366\342\371\022\241\036\207!\037\326\200\314\"c\236Z\324\221K\304\343\244\341s\223\t\221\341\024Z\006z\274Mxl2K\023\260\224\200I\r\001\022\001w\233\211\363\343b\237\231\314i\202E\030\325h\377\244\021>\343R\307\002\316W\332r\213{Z\331b\256Sc>\230r\333DH\3371e\002\221zd\365\361\352\307\325\305*pk{\257\301.h\013j\246K\205\200ed\244\0268\256\004(\331n0Q&Om\322\346\001\361\030\240\"w\r\234\033W\0008\017\254\311\004\352u\352!6\252\023f@\0351^\047\226\343\353\0246\231\326~B]\301\312\224|I][\003\255S\213!E M\220u\344\216B`\031\260\301\314\304TB\021\311\326Y\370\304D\034\036s\307\252C\303\266\2300}\247!\221\036\313\021\264\3462\346\351\347\246\271\305[\360\225\356,\247)\266\352\254^\316\214\224\363=\363}\356\213|\047\332HU\275,\235:3\\\247\016x\371\033\311ve\266\376$\263\361\211H\220\213r\243\275\213\314X\314\246\201+\211a\370\314\nLf\030\304\n\222\350=\356}\214d4\035\352\342\255\351x\2164\014\301\\\273\214\022\251\201\337,\320ZR\371M\346\313\224sJV\323\324\362\232N\030\261\021c\3031\267]\020\234\250\247\000\376\027u\035!\017$y\270\222\306\362X\323\240\263\243\377\313\303\020\314\304\200adR\344[ \315#y\232\273\364yRk(\177\213^\031\nf\023io\345{d\313:\266w\\\346\231,\333\322\032\367e\266\336d2\213!\023\324\3516\263q<\333\352\2564l\237\327\207{\2639\2664\250h{\346\270@O\250l\257Q\214-\251\353\036\337""\035SFl5\227\233\333 u$9\016Ml\005\322\342-/\333\266|\007T\344\336\276\316\246\330\361\335\333\310\034{\377\026R\207\047\250i\262\206\374Ea\032\200a\254\266w\361\377\010c\302x\206\372~\316l\303\310Z\031\345\213\265\236eza\007\372\270al\346>\361W\247\216\227\374r+p\023\211G\353\311/\372\3010i\303\311\327\231\212^6\245\356F\375b\047\240n\256\2207\314\211\240\207\002\266\2537\010y\350D\214A9A\205a`\372k\344\2160L\356#\025\216\307\206\3256,\263\274\276\222\302J\251\031\047H\247\232\333\311\322\341\345\241\035\221\336b\351\023i7\251\220\331H\020\246\253\035\201\030\351S\223\325\250\271m\272\\_.\026\313\306\326hzYTb\014RK\253\344\277\360ga\270\003\024\267`:\235N\266\245\013\333\343\266K77G\205\217\371\346x\026\333E5\325\305\317\347[6\233\\f\313\374\236\314;\004\307pI\210-\247\201\324\261:G\276\271\347\230u.\244&\327K\256N\217\2654\036\017e\301\005\206\261\337\340\r\177\330T\371\215\244\031\035\265\323\260\217|\316\353\331\215\212\200\364\250\322\214g\335s\254\211\0229\036r\254\215\260\314f\351\250\223\362\026\022\316\033&p\301d\341%OC\007%\364:a\353\304\010\327\243\033\3274oiYf\257I\335\200%\017\321tX+o\311\325\366\267\351\254\274u\003\366\002SOs]\266\230\240\306\203\214b\343A\306\261Q\325\340\215|\202\342b\275u\207\214,\274m}sb\"\360\244\343\242\000\r\335_\331N\340\243)\371<\000\201\344\377\341\375\2770Q\271;\252\005\343\233\341Rk\007\240z\323K>S\344q\364\372\203\314\310,\214c\315\255g\227\022N\352o.\243\206\357\230\275\302`\362t\347v\270\266W8:;\361\316|T\214v\325N\\8\234\234\r\013\341{\321\274\372C\334\352R}\350zx9Z\216\276W\225t3\037U\242\277(\2749\323?SRs\252\244\356\307s\203\311_\357\005\235\225\316\316`\352l\377\354\202ZV?\304;\335\302\230\370\\\247\031\276\214^\250\247\361\032\316t\334\2504\230)\2064l\253\202*\302\363\251\230\036\235\232xgjO\233\350\330\341\343h\016G\340\361Z\0103Z\262\014\227\235\312\336\362\340\312\355\270r4?1\375[\200Z\214+\361\362!4^G\205hn0u!\374<\242\021lL\017ff\303S!\035\314\234\017\257G\227\201h\0030g.\204\177L0W\325\217\335R\367~\017\242s""\235 \\\tw\006\263\305\320\216\226\007\263\227\260\036\027Z\321\325hG\025\264\356b\364\231ZQ\377\356\276\352\325\366\247\017.\036\254\351\2032\374\024\276\213QS\255\307\205D\035\030I\351\350\332\304\364,^~\201\000\337\217\027b\ni\351\303qiQ\311X\307s\357\367G\305\211\351\313Q)ZT\025\365$.%\350/\204\325p7j)3\276\004\"\023?\367\302\365hJM\252e\r\3535,\234W\225\376\302\312~e\377\321A!\325\010\220\252\227\010\265\0307\273\033\275+\373\257\373\253k\2073\037@\272\026\001\301\341\324\231\316b\370\000\021I\265\024\257\305N\327\327\024\234\017o\341\304\017\272\000\006S3\235\257t\010\207\311b7z\023\317\351\215\366\017\260\310\321\364\273\235\047!0\236\353\237\273\252\326\024E\024\237u\037vi\372R\007\267\210\022y\242J\020L\245q\335\007\347\327\264\355\351\021\312\177\304\325\004c\261\047\366Kc\020Q\216\310,\212d\376g\212:\023(\232K\341\217\310_E\203\276\032\372(\324\252B\232\336\213&\243\307jnp\361C\265\240X|/\376\276[\355\006\275\207={\377\351\301\032\200\275{e\350`V\207\360u\224\204\212HR\311\010\367\202\322\207\316OL\317t\252\035?\274\020\3769\252\344\024\241\013\300~\2527\000\227\325\216\300\002\2256\243\255\017\246~\247+E]T\257b\253\373Qw\2757\331[\351\355\244\2246\2435\230-\236$$\255\240_\301IZzY\234\047yj\037\234\351\257o\3647\276\033\262\325\237\374 \372\266\177\373\213\336\337\017\312\375\227\257t\226\376\031}\232\224V3\376k\357\364\376\215\203R\177\362#U\321o\376\203\306h\2424\336\357\336\354U\372\223\367\272%-\375\027,m\250\337 \215o\272\027\273\177\333\237?\250\364O\337\355\026~\002\231#\203\233";
-    PyObject *data = __Pyx_DecompressString(cstring, 1896, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1887 bytes) */
+static const char cstring[] = "x\332\255VKs\033\307\021&*\260BJ\264DJ\ndSV2\260\251\267\014\013\n,\321t\234\024EI\261\022G&D\332\222\234\307\326`w\226\\q1\003\356\314\002\204\234\007\2178\356q\217s\334\343\036q\344\221G\034q\344O\340Op\367>\000P\264\252R\251\260\212\213\231\336\351\356\257\277~\314\022\252\210\332r$i\212&\343\2124\272\212\311\354\351p%\010%\r\337\266\231G\204M@B|\311\276$\246\307\250b\304Q\244\343\250-\320\365\0301\005\347\314T\216\340\222\210\026\343?\177\312u\244b\234y\222\310\033\312c\214\330\036\335D\3177+wS\267\313\211\202\360]\213\270Bl\203\3066\003\210\2140n-\223er\227\010/\265%\031\370\264\344\035\024<\023\234-\223\365\257\277\3330\236?\272\223.^<\3077\231\354\305\363eB\271\000C\036X\003d\026\231\360\324\241\216Z&\\\220\226\047L&e\206S\242\014\350\341\233\340\261\315,$`9\001\223\032\002H\004\270\333L\234\037\027{\314dN\033X\004\243\210\366\017\210\360\231P\030\013p\276\332U[\202\243\262\305\\\247\301<`\312\355\022\251<\307T\tD\312\311\332\343\265OkK5\300\215\366^\003\273@\233\3370]*%X\206\2144|\307U\000Ju[LV\310S\233t\205O8\003\250\220\273\026\234\233T\000p\034XS\t\324\353\224Cl\024\023f\200:\304x\235X\216\207)l3\324~B]\311*\224|M]\033\2016\251\305 E@\232$\353\220;\n\002\313\000\033\314LL%\024\221l\235\205OL\210\2033w\242:\020\266\305\244\3519-\005\351\261\034I\033.c\034\237\233\346\226\350\200\257tg9m\271\325d\315Jf\244\222\357\231\347\tO\346;\331\205T5+\312i2\303u\232\000/\177\243\330\256\312\326\237e6>\223\trYiuw!3\026\263\251\357*b\030\036\263|\223\031\006\261\374$z.\370\247\220\214\266C]xk:\334Q\206!\231kW\240D\032\300o\026h#\251\3746\363T\3129%kijE\003\023Fl\210\261\345\230\333.\020\234\250\247\000\376\027u\214P\370\212<\\Mcy\2144`v\360\2772\n\301L\014\030F&\205|KH\363X\236\346.}\236\324\032\311\337\241W\001\005\263\ri\357\344{\310\226ul\357\270\214\233,\333\322\206\360T\266\336d*\213!\0234\3516\263\341x\266\305\2564lO4G{\263=\2614\250\354rsR\200\023*\333#\212\211%u\335\343\273c\312\020[\303\025\3466\220:\226\034\207&\267|e\211\016\317\266\035\317\001*ro\337dS\354""\370\356]dN\274\177\007\251\243\023\3244YK\375\2540\r\3000\326\272\273\360\377\010\306\204\361\014\352\3739\263\r#ke(_X\343,\303\205\355\343q\303\330\314}\302_\223:<\371\025\226\357&\022N\233\311/\364\203a\322\226\223\2573\025\\\266\025v#\276\330\361\251\233+\344\rs\"\350\221\200\355\342\006B\0369\221\023PNPa\0300\375\021\271#\rSx\220\n\207\263Q\265\215\312,\257\257\244\260Rj&\t\302T\013;Y:\2422\262#\323[,}B\332M*U6\022\244\351\242# Fy\324d\rjn\233\256\300\313\305b\331\330\032O/\213*\030\203\324B\225\374\027\374Y0\334\001\224\260\300t:\235l\013\013\233\013\333\245\233\266\360\271\2659\256~\030rPMM\371\366|\313f\223\313l\225\337\223y\207\3001\270$\344\226\323\202\324\261\246\200|\013\356\230M!\025O\256M\316:\210\205CI\010\t\203\330k\211\2267j\250\3746B6\307\2554\352!O\210fv\233B08\246\220\355\254s\2165P\"\207\207\232h!Xfst\334Ey\373H\347\r\223p\271d\241%O\003\003\222\270N\230:1\276ql\303\025-:(\313\354\265\251\353\263\344!\333\016\353\344\355\270\326\3756\235\223\267n\200=\337\304I\216%\013\323\323x\220\321k<\310\3705j\010\336\310\247\047\\\252\267\356\220\261\205w\255oNM\371\\9.\024\237\201\275\225\355$|0%\237\006@ \371\177x\377/LT\357\216\353\300\370\313h\3716^\374\37422\235It\271\275\354\n\202\223\370\205e4\340\253e\2570,\236\356\335\016\352{\205\243\263S\357-\204\245pW\357D\205\303\342\\P\010>\010\027\364\357\242\035<r=\270\034\256\204\337\353j\272Y\010\253\341\2374\035\026\317\014\316\224\365\274.\353\373\321\374\260\370\313=\277\267\332\333\031N\237\035\234]\324+\372\207h\047>\025\323\211\027\347z\355\340e\370B?\215\352p\252\347\206\345\341l)\240A;\374\001\374\236\212h\324\216\353G\247\246\336\233\336C3=;x\034\316\303!\360z-\000\260(Y\001\267\275\352\336\312\360\312\355\250z\26405\363k\000\266\024U\243\225C\320x\035\026\302\371\341\364\205\340\313\220\206`cf8;\027\234\n\350p\366|p=\274\014\2506\000\352\354\205\340\367\t\356\232\3761.\307\367\373 :\327\363\203\325`g8W\n\354pe8w\t\326\223B+\274\032\356\350\002\352.\205_\350U\375\357\370U\277\261?sp\361\240\216""\007U\3609\370.\205m\275\036\025\022u\300H\312G\327\246f\346\340\345W\272\240?\214\026#\n\322\362\307\223\322\222V\021\306s\357\267G\245\251\231\313a9\\\322U\375$*\047\350/\004\265`7\354h3\272\024\027R?\367\202\365pZ\027\365\n\302z\r\026\316\353\352`qu\277\272\377\350\240\220j\370\220\256\227\020j\t\010\335\350_\331\177=X\253\037\316~\004\322z\010\010\016\247\317\364\226\202\007\020\221\322\313Q=rb\017)8\037\334\202\023\230\212\302pz\266\367g\014\3410Y\354\206o\242y\334\240\177\000\0139\232y\277\367$\000\214\347\006\347\256\352\272\246\020\305\027\361\303\230\246/1\270%(\223\047\272\014\202\3514\256\373\300\3715\264=3F\371\217\250\226`,\365\345~y\002\"\024$d\026\312d\341-E\314\004\224\315\245\340G\310_\025A_\r<(\325\232\2064}\020\026\303\307z~x\361c\275\250Yt/\372>\256\305~\377a\337\336\177z\200\225\365\376\225\221\2039\014\341\2330\t\025\"I%c\334\213\032\017\235\237\232\231\355\325z^p!\370cX\315)\202N\000\366S\275!pY\353IX@\245\315\242\365\341\364o\260R\364E\375*\262\342O\342\365~\261\277\332\337I)m\207u0[:IHZA\277\000\047i\351eq\236\344\251{pf\260\2761\330\370n\304\326\240\370Q\370\355\340\366W\375\277\037T\006/_a\226\376\031~\236\224V;\372k\377\364\376\215\203\362\240\370\211\256\342\233\377@c\264\2414>\214o\366\253\203\342\275\270\214\322\177\201\245\r\375+H\343\233\370b\374\267\375\205\203\352\340\364\335\270\360\023\024o~\240";
+    PyObject *data = __Pyx_DecompressString(cstring, 1887, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2473 bytes) */
-static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\027 BC\317#E\203!\232A\236A5.\272\006c\326b__\017\004\355@?state_\020\005\266C\320\274C$\017\017\006!\024.\247 cvz\364@w:\005send\003\n\277ilenceZ\004a\357bortf\004get|\275\004w\004makef,\000|\206\004\222\206\001_from\007\006\373cv\000\010_asyn\301c\005\t\236\210\001\302\004\202\001\000\010al\371l\000\0130\nsetbl?ocking6\006\214\014\377shutdownn\241$wri\300 to\363\204\003\001L\277\210\004\000\013\2655&\005\240@\3664\031\006?acceptH\014\017\003\276\370\003__Pyx\001\000D\377ict_Next\337Ref__\304\206\004e_\361_\t\000\310\210\001\005\001func\360\r\001\363 \373C\033\000main\276!\001modul*\002n\353am2\002pT\000capai?\001\010\001,\004\023\001vt\236\206\001\036X\001qual)\005""\251\205\005\347n\366\303\205\006ex\214\001set_\360]\005\203\204\006\246\000\207\204\016__te\373st\300\000is_co\177routine\345f\r_\337e_s\332c\324b\252#\225)\356\366@_of\245bio.\362?\006s\300\214\003\306\214\003ingcwast\225\210\004scle\001\376\226 traceba\337ckclo\331\213\001de\374\316\214\004\322\214\007datade\343ad/\001\000\005m\000don\377eencodin\355g\230\210\003fd\325\204\001nof\357lagg\357\204\007how\337index\313`ms<\320\210\r\225\210\004left\240\215\005\232\205\005\377membersh\373ip\270@emono\377tonicmosut\276An\263\216\002new\307\001\377nextosov?erpopr\314\205\006\212\214\005\017recv\000\001\311\205\003\005\002\346\216\001\017room\313\215\004\276 \346\210\001\325\206\001\216\331\206\001all\000\004\374\205\003\023\002swent\274\205\010set\305\211\004\371s\334\206\006\273\205\005sizes\247pin\364\211\004\266\213\002_\363\206\001s\360\211\212\001\307\212\002\262\212\016\267\212\001thro\371w\323\212\001\362\210\004value\276\000\002sview\213\206\005P\373yO\345\211\003*(str\363uc\312\212\001\312\204\001obj_\3557\274\213\004_7\202\214\004_4e\357nds_\272\211\005nd \307*, 8\007\000\t\014\t)\000\377\000until_n\363o_\250\217\001\007\004some\236\232\217\002int :A\236\200 1\3150\202g_M\216f\304\001un/sign\242\220\002t\260\013\215\222\001\341_\205\216\004\240\t\227%\216\214\004*)\000\376\360\221\001_both\200\001\377\330\004\n\210+\220Q\200\377\001\360\016\000\005\032\230\026\377\230x\240q\250\001\340\004\377\020\220\001\220\030\230\032\240\337<\250w\260a!\001\047\220\177\033\230A\230V\2401\007\003\277\032\2301\230J\240\027\000\013\377\320\013!\240\021\240!\240\3776\250\021\330\004\007\200u\377\210C\210q\330\010\016\320\377\016$\240A\240Z\250q\373\260\001\014\010\017\210v\220X\277\230W\240I\250Q!\000\210\377l\230!\330\014\026\220a\277\220y\240\001\240\026w\000\006\377\250a\360\006\000\005\010\200~?\001\210f\220E\230\021 \000\326\241\000&\220\250\000\016\017\000A\330\377\004\013\2101\200A\330\035\377+\2501\360\032\000\t\036\376\222\0008\2501\250A\340\010\377\016\210j\230\001""\230\021\330\177\010\023\220;\230a\230\204\000\377\t\330\014\020\220\006\220a\177\330\014\022\220\047\230\033\217\000\275T\244\000\014\023\220>\257\0024\377\240{\260!\2606\270\021\377\330\014\017\210u\220C\220\377q\330\020\026\220f\230A\347\330\020\027\t\000\t\td\230%\337\230q\240\001\3309\0008\230\3779\240C\240~\260Y\270\177b\300\t\310\024\310Q:\001\367t\2205y\000\026\230v\240\347S\250\001:\002\241\000 !\360\377&\000\t\020\210t\220=\276\336\000\031\250$\250a\267\000!\275\"\n\t\026\240t\250\314\0012\3773\360\026\000\t\033\230!\377\2308\2401\240F\250!\373\330\010\273\000\023\2204\220x?\230w\240c\250\027\306 \243\000\377t\2202\220S\230\010\240\273\004\240\242\000\026\220j\266 \022\377\2401\320$C\3001\300\273D\310\233\0024\220u\250@X\377\240T\250\026\250v\260T\377\270\035\300j\320PQ\340\333\014\034\276@Q\230\177\000\340\010\337\013\2108\2207\317\000t\240\177:\250Q\250i\260r\377\001\327\022\220*\340@Z\375A\330\010?\014\210K\220q\200\322 \005\001_x\230z\250\021\t\001\017\310\000|\372 \241@\t\r\210F\220\241\000\377\017\320\017%\240Q\240a\036\303\0009\260B\260\335\000\031\001\357\001\3758\240`F\240!\200A\360\025\010\322\0036\245`&\232 \320\005\242\001\367^\2504\237\002\026\270s\300M!\230\010\360\016\326A\242`\032\216 \356-\t\026\220d\261a\027\220{\372\361`1\324A%\220r\230\032\367\2404\240\271@\030\230\004\230\377E\240\021\330\024\"\240$\377\240e\2502\250V\2604\377\260u\270B\270f\300I\333\310Q\327`\r\035\374\005\360\020\035\000\300\000L\230\001\347\001\307\000\244\000\331\020\245C\262\003$\240\307\001\022\000\377\t\014\2104\210r\220\023\027\220G\230i\002*\200\205\003\373 \240 J\375\002\013\036\000s\210 \347`\014\336!\367\330\010\037\246a\240\024\240Y\377\250d\260#\260S\270\004\357\270C\270q\315#v\230Qr\216 \026\377\017\326!5\230\003b\000\360\365c\341\004\374A\232+y\310\013\320\337ST\320TU\310F\320\004\377\034\230O\320+=\270]\377\310.\320XY\340\010\017\357\210|\2305\315\205\002v\250[\377\270\n\300(\310!\320\004\367#\2401\026\001\177\230a\230\375v\230`\031\260)\2701\320\357""\0042\260!,\001}\230A\357\230T\240\025\304@z\260\024\377\260\\\300\032\3101\320\n\0070\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2473, 3643);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2459 bytes) */
+static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\027 BC\317#E\203!\232A\236A5.\272\006c\326b__\017\004\355@?state_\020\005\266C\320\274C$\017\017\006!\024.\247 cvz\364@w:\005send\003\n\277ilenceZ\004a\357bortf\004get|\275\004w\004makef,\000|\206\004\222\206\001_from\007\006\373cv\000\010_asyn\301c\005\t\236\210\001\302\004\202\001\000\010al\371l\000\0130\nsetbl?ocking6\006\214\014\377shutdownn\241$wri\300 to\363\204\003\001L\277\210\004\000\013\2655&\005\240@\3664\031\006?acceptH\014\017\003\276\370\003__Pyx\001\000D\377ict_Next\337Ref__\304\206\004e_\361_\t\000\310\210\001\005\001func\360\r\001\363 \373C\033\000main\276!\001modul*\002n\353am2\002pT\000capai?\001\010\001,\004\023\001vt\236\206\001\036X\001qual)\005""\251\205\005\347n\366\303\205\006ex\214\001set_\360]\005\203\204\006\246\000\207\204\016__te\373st\300\000is_co\177routine\345f\r_\337e_s\332c\324b\252#\225)\356\366@_of\245bio.\362?\006s\300\214\003\306\214\003ingcwast\225\210\004scle\001\376\226 traceba\337ckclo\331\213\001de\374\316\214\004\322\214\007datade\343ad/\001\000\005m\000don\377eencodin\355g\230\210\003fd\325\204\001nof\377lagfound\335g\364\204\007how\313`ms<\320\210\r\225\210\004left\240\215\005\232\205\005\377membersh\373ip\270@emono\377tonicmos\273tn\257\216\002new\303\001n\377extosove\237rpopr\310\205\006\206\214\005r\207ecv\000\001\305\205\003\005\002\342\216\001r\007oom\307\215\004\272 \342\210\001\321\206\001\325\206\001\307all\000\004\370\205\003\023\002se\273nt\270\205\010set\301\211\004s\374\330\206\006\267\205\005sizespSin\360\211\004\262\213\002_\357\206\001s\205\212\001\370\303\212\002\256\212\016\263\212\001throw|\317\212\001\356\210\004value\000\002\337sview\207\206\005Py\375O\341\211\003*(stru\371c\306\212\001\306\204\001obj_7\366\270\213\004_7\376\213\004_4en\367ds_\266\211\005nd *\343, 8\007\000\t\014\t)\000\000\377until_noy_\244\217\001\007\004some\226\217\002\317int :A\236\200 10f\376G_M\212f\272\013)\000\373\221\001\341_\363\215\004\222\t\211%\374\213\004*)\000\376\336\221\001_both\200\001\377\330\004\n\210+\220Q\200\377\001\360\016\000\005\032\230\026\377\230x\240q\250\001\340\004\377\020\220\001\220\030\230\032\240\367<\250q\037\001\047\220\033\230\337A\230V\2401\007\003\032\230\3771\230J\240a\330\004\013\377\320\013!\240\021\240!\240\3776\250\021\330\004\007\200u\377\210C\210q\330\010\016\320\377\016$\240A\240Z\250q\357\260\006\260a\016\010\017\210v\377\220X\230W\240I\250Q\376#\000\210l\230!\330\014\026\277\220a\220v\230Zu\000\006\377\250a\250v\260Q\360\006\357\000\005\010\200C\001\210f\220gE\230\021\"\000\243\000&\220\252\000\365\016\017\000At\000\2101\200A\377\330\035+\2501\360\032\000\373\t\036\226\0008\2501\250A\377\340\010\016\210j\230\001\230\377\021\330\010\023\220;\230a""\375\230\210\000\t\330\014\020\220\006\377\220a\330\014\022\220\047\230\365\033\223\000T\250\000\014\023\220>\376\263\0024\240{\260!\2606\377\270\021\330\014\017\210u\220\377C\220q\330\020\026\220f\237\230A\330\020\027\t\000\t\td\177\230%\230q\240\001\3309\000\3778\2309\240C\240~\260\377Y\270b\300\t\310\024\310\335Q:\001t\2205y\000\026\230\237v\240S\250\001:\002\241\000 \377!\360&\000\t\020\210t\377\220=\240\001\240\031\250$\333\250a\267\000!\"\n\t\026\240\373t\250\314\00123\360\026\000\377\t\033\230!\2308\2401\277\240F\250!\330\010\273\000\023\377\2204\220x\230w\240c\357\250\027\260\001b\0032\220S\337\230\010\240\004\240\242\000\026\220\375jU\000\022\2401\320$C\337\3001\300D\310\233\0024\220}u\254@X\240T\250\026\316 \377T\270\035\300j\320PQ\267\340\014\034\302@Q\230\177\000\340\277\010\013\2108\2207\317\000t\377\240:\250Q\250i\260r\316\377\001\022\220*\344@\207A\001\330\177\010\014\210K\220q\200\322 \276\005\001x\230z\250\021\t\001\017\370\310\000\372 \241@\t\r\210F\220\376\241\000\017\320\017%\240Q\240=a\303\0009\260B\260\335\000\031\001\372\357\0018\244`F\240!\200A+\360\010\322\0036\251`&\232 \320\005\356\242\001^\2504\237\002\026\270s\233\300!\230\010\360\016\326A\244`\032\334\216 -\t\026\220d\263a\027\220\365{\365`1\324A%\220r\230\357\032\2404\240\271@\030\230\004\377\230E\240\021\330\024\"\240\377$\240e\2502\250V\260\3774\260u\270B\270f\300\333I\310\326a\r\035\374\005\360\020\215\000\300\000L\230\346\002\307\000\244\000\020\354\245C\262\003$\240\307\001\022\000\t\377\014\2104\210r\220\023\220\013G\230i\002*\204\205\003\373 \240 \375\002\245\013\036\000s\210 \347`\014\336!\330\373\010\037\246a\240\024\240Y\250\377d\260#\260S\270\004\270wC\270q\315#v\230Q\216 9\026\377\017\326!5\230\003b\000\365c\370\341\004\374A\232+y\310\013\320S\357T\320TU\310F\320\004\034\377\230O\320+=\270]\310\377.\320XY\340\010\017\210\367|\2305\356`\026\240v\250\377[\270\n\300(\310!\320\357\004#\2401\026\001\177\230a\373\230v\230`\031\260)\2701\337\320\0042\260!,\001}\230\337A\230T\240""\025\304@z\260\377\024\260\\\300\032\3101\320\017\n0\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2459, 3627);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3643 bytes) */
-static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsfdfilenoflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenby""tesnewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channelint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220y\240\001\240\026\240q\250\006\250a\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240""\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
+    #else /* compression: none (3627 bytes) */
+static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsfdfilenoflagfoundggettimeouthowitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnbytesn""ewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000open_channelint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250q\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\006\260a\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220v\230Z\240q\250\006\250a\250v\260Q\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020""\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 171; i++) {
+    for (int i = 0; i < 170; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 42) PyUnicode_InternInPlace(&string);
@@ -19087,8 +19065,8 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 171; i < 196; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-171].length;
+    for (int i = 170; i < 195; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-170].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -19098,14 +19076,14 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 196; i++) {
+    for (Py_ssize_t i = 0; i < 195; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 171;
+      PyObject **table = stringtab + 170;
       for (Py_ssize_t i=0; i<25; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -19167,7 +19145,7 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
 namespace {
 #endif
 typedef struct {
-    unsigned int argcount : 3;
+    unsigned int argcount : 2;
     unsigned int num_posonly_args : 1;
     unsigned int num_kwonly_args : 2;
     unsigned int nlocals : 3;
@@ -19217,9 +19195,9 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -24697,7 +24675,7 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) 
 static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
   int ret;
   PyObject *name_attr;
-  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name_2);
+  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
   if (likely(name_attr)) {
       ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
   } else {
@@ -26645,307 +26623,6 @@ bad:
         }\
         return (target_type) value;\
     }
-
-/* CIntFromPy */
-static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
-static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
-    const char* type_name = "unsigned int";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (unsigned int) -1;
-}
-static unsigned int __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int(void) {
-    const char* type_name = "unsigned int";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (unsigned int) -1;
-}
-static CYTHON_INLINE unsigned int __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) >= 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (unsigned int) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(unsigned int) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static CYTHON_INLINE unsigned int __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(unsigned int, long, ival)
-            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((unsigned int) -1) * (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(unsigned int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 2 * PyLong_SHIFT)) {
-                return (unsigned int) (((((unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(unsigned int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 3 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(unsigned int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(unsigned int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(unsigned int) - 1 > 4 * PyLong_SHIFT)) {
-                return (unsigned int) (((((((((unsigned int)digits[3]) << PyLong_SHIFT) | (unsigned int)digits[2]) << PyLong_SHIFT) | (unsigned int)digits[1]) << PyLong_SHIFT) | (unsigned int)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(unsigned int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(unsigned int) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, long, PyLong_AsLong(x))
-    } else if ((sizeof(unsigned int) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(unsigned int, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    unsigned int val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (unsigned int) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (unsigned int) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to unsigned int");
-        return (unsigned int) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (unsigned int) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (unsigned int) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(unsigned int) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((unsigned int) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(unsigned int) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((unsigned int) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((unsigned int) 1) << (sizeof(unsigned int) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (unsigned int) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-}
-static CYTHON_INLINE unsigned int __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_unsigned_int(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(unsigned int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_unsigned_int(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_unsigned_int();
-#endif
-}
-static unsigned int __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    unsigned int val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (unsigned int) -1;
-    val = __Pyx_PyLong_As_unsigned_int(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
-    }
-}
 
 /* CIntFromPy */
 static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x);

@@ -40,16 +40,16 @@ cdef enum:
 cdef class StreamListener(ChannelEnd):
     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
 
-    def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
+    def __cinit__(self, channels, Membership membership not None, dict found not None):
         cdef int code
-        open_channel(self, channels, membership, index, name)
+        open_channel(self, channels, membership, found)
         self.listener.channel = &self.channel
         self.listener.member = &membership.member
         code = ivshmem_listen(&self.listener)
         if code == IVSHMEM_TAKEN:
             most = self.channel.record.geometry.readers
             raise ChannelError(
-                f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+                f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
             )
         if code:
             raise self.fail(code)
@@ -122,7 +122,7 @@ cdef class StreamListener(ChannelEnd):
         return self.accept_async()
 
 
-def connect(channels, Membership membership not None, unsigned index, str name):
+def connect(channels, Membership membership not None, dict found not None):
     """Return a Stream to a listener of a channel.
 
     Raises:
@@ -131,16 +131,16 @@ def connect(channels, Membership membership not None, unsigned index, str name):
     """
     cdef Stream stream = Stream.__new__(Stream)
     cdef int code
-    open_channel(stream, channels, membership, index, name)
+    open_channel(stream, channels, membership, found)
     stream.stream.channel = &stream.channel
     stream.stream.member = &membership.member
     code = ivshmem_stream_connect(&stream.stream)
     if code == IVSHMEM_NOT_FOUND:
-        raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+        raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
     if code == IVSHMEM_TAKEN:
         most = stream.channel.record.geometry.writers
         raise ChannelError(
-            f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"
+            f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"
             " connections"
         )
     if code:
