@@ -188,6 +188,11 @@ def test_a_reader_that_is_overtaken(build: Build) -> None:
     assert output_of(build("overtaken", *ADDRESSES)) == "ended well\n"
 
 
+def test_an_end_that_is_refused(build: Build) -> None:
+    """It leaves no slot taken: else the channel could not be removed, and writers would wait."""
+    assert output_of(build("refused", *ADDRESSES)) == "ended well\n"
+
+
 def test_it_reads_the_directory(build: Build) -> None:
     """The area, and whom to ring, as Python stored it."""
     program = build("directory", *ADDRESSES)

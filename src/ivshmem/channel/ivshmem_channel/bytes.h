@@ -128,9 +128,11 @@ static inline int ivshmem_connection_is_free(const struct ivshmem_channel *chann
     return !has_acceptor || ivshmem_slot_free(channel, at + 8u, acceptor);
 }
 
-/* Listen: the caller has set channel and member. */
+/* Listen: the caller has set channel and member. IVSHMEM_BAD: the channel is of another kind. */
 static inline int ivshmem_listen(struct ivshmem_listener *listener)
 {
+    if (listener->channel->record.geometry.kind != IVSHMEM_BYTES)
+        return IVSHMEM_BAD;
     if (listener->channel->area.memory.readonly)
         return IVSHMEM_READ_ONLY;
     listener->turn = 0;
@@ -176,6 +178,7 @@ static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
     stream->end = 0;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         uint64_t at = ivshmem_end_owner_at(channel, i, 0), owner, mine, acceptor, now;
+        int code;
         if (!ivshmem_connection_is_free(channel, i))
             continue;
         owner = ivshmem_get(channel, at);
@@ -186,10 +189,11 @@ static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
         stream->connection = i;
         stream->epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
         mine = ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN, stream->epoch);
-        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner, mine))
+        code = ivshmem_slot_take(channel, at, owner, mine);
+        if (code == IVSHMEM_TAKEN)
             continue;
-        if (!ivshmem_is_there(channel))
-            return IVSHMEM_CLOSED;
+        if (code != 0)
+            return code;
         now = ivshmem_get(channel, at + 8u);
         if (now != acceptor && ivshmem_epoch(now) != stream->epoch) {
             ivshmem_slot_free(channel, at, mine);
@@ -202,12 +206,15 @@ static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
 
 /* Connect: the caller has set channel and member. What it sends waits until a listener accepts.
  *
- * IVSHMEM_NOT_FOUND: no process listens. IVSHMEM_TAKEN: all connections are in use.
+ * IVSHMEM_NOT_FOUND: no process listens. IVSHMEM_TAKEN: all connections are in use. IVSHMEM_BAD:
+ * the channel is of another kind.
  */
 static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
     int code;
+    if (channel->record.geometry.kind != IVSHMEM_BYTES)
+        return IVSHMEM_BAD;
     if (channel->area.memory.readonly)
         return IVSHMEM_READ_ONLY;
     if (!ivshmem_is_listened_to(stream->member, channel))

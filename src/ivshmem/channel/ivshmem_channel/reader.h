@@ -152,11 +152,26 @@ static inline void ivshmem_reader_begin(struct ivshmem_reader *reader, unsigned 
         source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
 }
 
+/* Give the slot back. */
+static inline void ivshmem_reader_close(struct ivshmem_reader *reader)
+{
+    const struct ivshmem_channel *channel = reader->channel;
+    if (reader->slot == IVSHMEM_NO_SLOT)
+        return;
+    ivshmem_slot_free(channel, ivshmem_reader_owner_at(channel, reader->slot),
+                      ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch));
+    ivshmem_wake_writers(reader->member, channel, &reader->rung);
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++)
+        ivshmem_writer_reap(reader->member, channel, i);
+}
+
 /* Take a reader's slot; the caller has set channel, member and, unless it is a queue or calls,
  * overflow.
  *
  * The reader begins with the last `history` messages of each writer, as far as they are there; not
  * one that discards.
+ *
+ * IVSHMEM_BAD: a channel of bytes, which has no readers; or one that does not allow this overflow.
  */
 static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t history)
 {
@@ -166,6 +181,8 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     uint64_t row;
     unsigned slot = 0;
     int joined;
+    if (g->kind == IVSHMEM_BYTES)
+        return IVSHMEM_BAD;
     reader->turn = 0;
     reader->batch = g->slots / 4 > 0 ? g->slots / 4 : 1;
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
@@ -215,6 +232,8 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     joined = ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
     for (unsigned i = 0; i < g->writers; i++) /* what came before it joined is not lost */
         reader->sources[i].lost = reader->sources[i].untold = 0;
+    if (joined != 0)
+        ivshmem_reader_close(reader); /* else writers would wait for a reader that is not there */
     return joined;
 }
 
@@ -409,19 +428,6 @@ static inline void ivshmem_reader_beat(struct ivshmem_reader *reader)
     }
     if (changed)
         ivshmem_wake_writers(reader->member, channel, &reader->rung);
-}
-
-/* Give the slot back. */
-static inline void ivshmem_reader_close(struct ivshmem_reader *reader)
-{
-    const struct ivshmem_channel *channel = reader->channel;
-    if (reader->slot == IVSHMEM_NO_SLOT)
-        return;
-    ivshmem_slot_free(channel, ivshmem_reader_owner_at(channel, reader->slot),
-                      ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch));
-    ivshmem_wake_writers(reader->member, channel, &reader->rung);
-    for (unsigned i = 0; i < channel->record.geometry.writers; i++)
-        ivshmem_writer_reap(reader->member, channel, i);
 }
 
 #endif

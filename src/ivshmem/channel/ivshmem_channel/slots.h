@@ -68,6 +68,21 @@ static inline int ivshmem_is_there(const struct ivshmem_channel *channel)
            channel->record.state;
 }
 
+/* Take a slot whose owner word is this one. IVSHMEM_TAKEN: another process was faster.
+ *
+ * IVSHMEM_CLOSED: another process removes the channel. It may find this owner and let the channel be,
+ * so the slot is given back. */
+static inline int ivshmem_slot_take(const struct ivshmem_channel *channel, uint64_t at,
+                                    uint64_t owner, uint64_t mine)
+{
+    if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner, mine))
+        return IVSHMEM_TAKEN;
+    if (ivshmem_is_there(channel))
+        return 0;
+    ivshmem_slot_free(channel, at, mine);
+    return IVSHMEM_CLOSED;
+}
+
 /* Where the owner word of a connection's end is: 0 is the caller's, 1 the acceptor's. */
 static inline uint64_t ivshmem_end_owner_at(const struct ivshmem_channel *channel,
                                             unsigned connection, unsigned end)
@@ -240,14 +255,16 @@ static inline int ivshmem_take_reader_slot(const struct ivshmem_channel *channel
     for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
         uint64_t at = ivshmem_reader_owner_at(channel, i);
         uint64_t owner = ivshmem_get(channel, at);
+        int code;
         if (ivshmem_is_owned(channel, owner))
             continue;
         *epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
-        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
-                              ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch)))
+        code = ivshmem_slot_take(channel, at, owner,
+                                 ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch));
+        if (code == IVSHMEM_TAKEN)
             continue;
-        if (!ivshmem_is_there(channel))
-            return IVSHMEM_CLOSED;
+        if (code != 0)
+            return code;
         *slot = i;
         sleep->at = channel->layout.reader_sleepers + 8u * i;
         sleep->epoch = *epoch;

@@ -140,15 +140,17 @@ static inline int ivshmem_writer_slot(const struct ivshmem_channel *channel,
 {
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         uint64_t at = ivshmem_writer_owner_at(channel, i), owner;
+        int code;
         ivshmem_writer_reap(member, channel, i);
         owner = ivshmem_get(channel, at);
         if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE)
             continue;
         *slot = i;
         *epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
-        if (ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
-                             ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch)))
-            return ivshmem_is_there(channel) ? 0 : IVSHMEM_CLOSED;
+        code = ivshmem_slot_take(channel, at, owner,
+                                 ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch));
+        if (code != IVSHMEM_TAKEN)
+            return code;
     }
     return IVSHMEM_TAKEN;
 }
@@ -222,6 +224,7 @@ static inline void ivshmem_writer_adopt(struct ivshmem_writer *writer)
 
 /* Take a writer's slot. The caller has set channel, member and the tables.
  *
+ * IVSHMEM_BAD: a channel of bytes, which has no writers.
  * IVSHMEM_TAKEN: every slot has an owner, or messages of a former owner that a reader has yet to
  * read.
  */
@@ -231,6 +234,8 @@ static inline int ivshmem_writer_open(struct ivshmem_writer *writer)
     const struct ivshmem_memory *memory = &channel->area.memory;
     const struct ivshmem_geometry *g = &channel->record.geometry;
     int code;
+    if (g->kind == IVSHMEM_BYTES)
+        return IVSHMEM_BAD;
     if (memory->readonly)
         return IVSHMEM_READ_ONLY;
     code = ivshmem_writer_slot(channel, writer->member, &writer->slot, &writer->epoch);
