@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from support.channel_records import Record
 from support.channel_waits import FULL, WAITS, Pair
-from support.waiting import Background
+from support.waiting import Background, until
 
 from ivshmem import ClosedError, Directory, Region, channel
-from ivshmem.channel import ChannelCorrupt
+from ivshmem.channel import ChannelCorrupt, ChannelExists, NoSuchChannel, channels, records
 from ivshmem.errors import IvshmemError
 from ivshmem.native.areas import find_area
 
@@ -125,3 +125,69 @@ def test_a_record_that_says_another_limit(region: Region) -> None:
         Record(region, "name").tell(limit=32)
         with pytest.raises(ClosedError, match="'name' was removed"):
             found.reader()
+
+
+@pytest.mark.parametrize("at", [80, 120, 140, 391, 392])
+def test_a_record_whose_crc_does_not_fit(region: Region, at: int) -> None:
+    """Its name stays taken, and its memory set aside, until it is removed by force."""
+    with channel.open(region, name="maker") as channels:
+        free = records.room(channels._member)
+        found = channels.create_messages("name", limit=64)
+        Record(region, "name").flip(at)
+        (spoiled,) = channels.spoiled()
+        assert (spoiled.record, spoiled.name) == (0, "name")
+        assert "'maker'" in spoiled.maker
+        assert channels.list() == []
+        for call in (
+            lambda: channels.open("name"),
+            lambda: channels.create_messages("name", limit=64),
+            lambda: channels.create_messages("name", limit=64, exist_ok=True),
+            lambda: channels.remove("name"),
+            found.remove,
+        ):
+            with pytest.raises(ChannelCorrupt, match="'name': its record, number 0, is spoiled"):
+                call()
+        with pytest.raises(ClosedError, match="was removed"):
+            found.reader()
+        channels.remove("name", force=True)
+        assert channels.spoiled() == ()
+        assert records.room(channels._member) == free
+        with channels.create_messages("name", limit=64).writer() as writer:
+            writer.put(b"x")
+
+
+def test_a_record_whose_name_is_spoiled(region: Region) -> None:
+    """It is removed by its number. A channel of its former name can be made beside it."""
+    with channel.open(region) as channels:
+        channels.create_messages("name", limit=64)
+        Record(region, "name").flip(16)
+        with pytest.raises(NoSuchChannel):
+            channels.open("name")
+        channels.create_messages("name", limit=64)
+        (spoiled,) = channels.spoiled()
+        assert spoiled.name == "oame"
+        with pytest.raises(NoSuchChannel, match="record 1 is not that"):
+            channels.remove_spoiled(1)
+        channels.remove_spoiled(spoiled.record)
+        assert channels.spoiled() == ()
+        assert [info.name for info in channels.list()] == ["name"]
+
+
+def test_a_creator_that_is_stopped(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that create the channel do not wait for ever, and are told for whom."""
+    monkeypatch.setattr(channels, "_PATIENCE", 0.0)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    maker = channel.open(region, beat=40.0, lease=100.0, name="maker")
+    other = channel.open(region, beat=0.001, lease=0.02)
+    with maker, other:
+        maker.create_messages("name", limit=64)
+        Record(region, "name").begin_again()
+        who = r"which place 0 \(process \d+, 'maker'\) is just making"
+        with pytest.raises(ChannelExists, match=who):
+            other.create_messages("name", limit=64)
+        until(lambda: other.places()[0].state == "silent", "the maker shows no sign of life")
+        for exist_ok in (False, True):
+            with pytest.raises(ChannelExists, match=f"{who}; it shows no sign .* --place 0`"):
+                other.create_messages("name", limit=64, exist_ok=exist_ok)
+        other.free_place(0)
+        other.create_messages("name", limit=64)

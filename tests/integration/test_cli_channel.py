@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import commands
 from support.channel_commands import run, started
+from support.channel_records import Record
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -219,8 +220,10 @@ def test_wrong_kinds(socket_path: str, channels: Channels, command: str) -> None
         ("put a x --create value --limit 8 --slots 3", "a value has one writer, and no slots"),
         ("put a x --lines", "it excludes DATA"),
         ("put a longer --create queue --limit 2", "its limit is 2"),
-        ("rm", "give the NAME of a channel, or --place N"),
-        ("rm a --place 1", "give the NAME of a channel, or --place N"),
+        ("rm", "give the NAME of a channel, --place N, or --record N"),
+        ("rm a --place 1", "give the NAME of a channel, --place N, or --record N"),
+        ("rm --record 0", "--record N needs --force"),
+        ("rm --record 0 --force", "record 0 is not that of a channel that is spoiled"),
         ("rm --place -1", "places have numbers from 0 on"),
         ("rm --place 5", "place 5 is free"),
         ("rm --place 5000 --force", "place 5000: the area has"),
@@ -269,6 +272,24 @@ def test_rm_of_a_channel_in_use(socket_path: str, channels: Channels) -> None:
         assert "(--force: only if" in said
         run(socket_path, "rm", "a", "--force")
     assert channels.list() == []
+
+
+def test_a_channel_whose_record_is_spoiled(socket_path: str, channels: Channels) -> None:
+    channels.create_messages("a", limit=8)
+    with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
+        Record(client.region, "a").flip(80)
+    line = (
+        f"record 0, 'a', made by place 0 (process {os.getpid()}, 'a test'), is spoiled, and its"
+        " memory set aside: `ivshmem channel rm --record 0 --force` frees it\n"
+    )
+    assert run(socket_path, "ls") == line
+    assert run(socket_path, "info").endswith(line)
+    (found,) = json.loads(run(socket_path, "info", "--json"))["spoiled"]
+    assert found["name"] == "a"
+    assert "--record 0 --force" in run(socket_path, "rm", "a", status=1)
+    said = run(socket_path, "rm", "--record", "0", "--force")
+    assert said == "the channel of record 0 was removed\n"
+    assert channels.spoiled() == ()
 
 
 # -- places ---------------------------------------------------------------------------------------

@@ -35,6 +35,17 @@ class Record:
         self.region = region
         self.at = area.offset + data.index(name.encode().ljust(64, b"\0"), 4096) - NAME
 
+    def flip(self, at: int) -> None:
+        """Change one bit, so that the CRC does not fit any more."""
+        byte = self.region.read(self.at + at, 1)[0]
+        self.region.write(self.at + at, bytes([byte ^ 1]))
+
+    def begin_again(self) -> None:
+        """Let the creator be at the point where it has not yet ended to make the channel."""
+        state = int.from_bytes(self.region.read(self.at, 8), "little")
+        making = state & ~(0xF << 20) | 1 << 20
+        self.region.write(self.at, making.to_bytes(8, "little"))
+
     def tell(self, **fields: int) -> None:
         """Store another geometry, and the CRC that fits."""
         covered = bytearray(self.region.read(self.at + NAME, CRC - NAME))

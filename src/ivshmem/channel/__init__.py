@@ -24,7 +24,7 @@ from ..errors import (
 from ..system.late_names import late_name
 from .calls import Call, Caller, CallServer, PendingCall
 from .channels import Channels, open  # noqa: A004 - as guest.open
-from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
+from .info import ChannelInfo, PlaceInfo, ReaderInfo, SpoiledInfo, WriterInfo
 from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
 from .queues import QueueReader, Taken
 from .readers import Reader, ValueReader
@@ -65,6 +65,7 @@ __all__ = [
     "ReaderInfo",
     "Redelivered",
     "ServerLost",
+    "SpoiledInfo",
     "Stream",
     "StreamListener",
     "StreamServer",

@@ -10,11 +10,12 @@ import operator
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
+from ..errors import ChannelCorrupt, ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
 from ..memory.pages import file_system
 from ..memory.region import Region
 from ..native.areas import find_area
@@ -24,7 +25,7 @@ from ..system.uncopied import Uncopied
 from ..text import plain
 from . import records
 from .geometry import MOST, check_name, check_same, options_of, power, type_and_limit
-from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
+from .info import ChannelInfo, PlaceInfo, ReaderInfo, SpoiledInfo, WriterInfo
 from .kinds import KINDS, Bytes, Calls, Channel, Messages, Queue, Value
 from .membership import NO_AREA, Membership
 
@@ -46,6 +47,7 @@ _WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
     "uio": "uncached",
 }
 _SHOWN = 20  # names in an error message
+_PATIENCE = 3.0  # seconds for another process to make a channel that is there, or will be
 
 
 _C = TypeVar("_C", bound=Channel)
@@ -152,6 +154,9 @@ class Channels(Uncopied):
 
         Raises:
             ChannelExists: there is a channel of that name; the message says who made and uses it.
+                With `exist_ok`: it has another geometry; or a process that has begun to make it
+                does not end with that, within three seconds: the message says which.
+            ChannelCorrupt: there is one whose record is spoiled.
             ChannelError: there is no room for it.
             ChannelTypeError: a type that is not allowed; with `exist_ok`: another one is there.
             ValueError: a name or a number that is not allowed.
@@ -321,6 +326,7 @@ class Channels(Uncopied):
             if not 0 <= operator.index(number) < 1 << 32:
                 raise ValueError(f"{what} {number}: 0 to {(1 << 32) - 1} are possible")
         geometry["kind"] = records.KINDS[kind.kind]
+        patience = time.monotonic() + _PATIENCE
         while True:
             if exist_ok:
                 try:
@@ -334,7 +340,7 @@ class Channels(Uncopied):
                 made = records.create(self._member, name, geometry, text.encode())
                 return kind(self, self._member, made)
             except ChannelExists:
-                if not exist_ok:
+                if not exist_ok or time.monotonic() > patience:
                     raise  # else another process was quicker
 
     # -- finding ----------------------------------------------------------------------------------
@@ -356,6 +362,7 @@ class Channels(Uncopied):
 
         Raises:
             NoSuchChannel: there is none; the message lists the names that are there.
+            ChannelCorrupt: its record is spoiled.
             ChannelTypeError: it is of another kind or type; the message shows both.
         """
         try:
@@ -407,6 +414,17 @@ class Channels(Uncopied):
         ]
         return sorted(found, key=lambda info: info.name)
 
+    def spoiled(self) -> tuple[SpoiledInfo, ...]:
+        """Return the channels whose records another process has spoiled; `list` has the others.
+
+        Ends that were open before continue. Nobody can open another one, or create a channel of
+        that name, before `remove_spoiled`, or `remove` with `force`.
+        """
+        return tuple(
+            SpoiledInfo(each["index"], plain(each["name"]), plain(each["maker"]))
+            for each in records.spoiled(self._member)
+        )
+
     def places(self) -> tuple[PlaceInfo, ...]:
         """Return the processes that use channels of the region."""
         return tuple(
@@ -415,8 +433,35 @@ class Channels(Uncopied):
         )
 
     def remove(self, name: str, *, force: bool = False) -> None:
-        """Remove a channel; as Channel.remove."""
-        self.open(name).remove(force=force)
+        """Remove a channel; as Channel.remove. With `force` also one whose record is spoiled.
+
+        Raises:
+            ChannelCorrupt: its record is spoiled, and `force` is false.
+        """
+        try:
+            found = self.open(name)
+        except ChannelCorrupt:
+            spoiled = [each for each in records.spoiled(self._member) if each["name"] == name]
+            if not force or not spoiled:
+                raise
+            records.remove(self._member, spoiled[0], force)
+        else:
+            found.remove(force=force)
+
+    def remove_spoiled(self, record: int) -> None:
+        """Remove the channel of a spoiled record, by its number, and free its memory.
+
+        It is not known which processes use it. Whatever one of them still stores into it may then
+        reach another channel's memory: use it only if you know that none of them runs.
+
+        Raises:
+            NoSuchChannel: the record of that number is not spoiled.
+        """
+        for each in records.spoiled(self._member):
+            if each["index"] == record:
+                records.remove(self._member, each, True)
+                return
+        raise NoSuchChannel(f"record {record} is not that of a channel that is spoiled")
 
     def free_place(self, place: int) -> bool:
         """Free the place of a process, at your word that it will never store again.

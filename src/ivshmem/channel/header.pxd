@@ -30,6 +30,7 @@ cdef extern from "ivshmem_channel.h" nogil:
         IVSHMEM_NAME_WORDS
         IVSHMEM_LIVE
         IVSHMEM_HAS_ROOM
+        IVSHMEM_MAKING
         IVSHMEM_SLOT_FREE
         IVSHMEM_SLOT_OPEN
         IVSHMEM_MESSAGES
@@ -255,6 +256,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_lay_out(const ivshmem_geometry *geometry, ivshmem_layout *layout)
     int ivshmem_create(const ivshmem_member *member, ivshmem_record *wanted)
     int ivshmem_find(const ivshmem_area *area, const char *name, ivshmem_record *record)
+    uint64_t ivshmem_record_holds(const ivshmem_area *area, unsigned index, const char *name)
     int ivshmem_record_read(
         const ivshmem_area *area, unsigned index, ivshmem_record *record
     )

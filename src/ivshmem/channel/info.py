@@ -89,6 +89,21 @@ class ChannelInfo:
 
 
 @dataclass(frozen=True)
+class SpoiledInfo:
+    """A channel whose record some process has spoiled. Its memory is set aside, its name taken.
+
+    Attributes:
+        record: its number, for `Channels.remove_spoiled`.
+        name: printable; perhaps not what its creator called it.
+        maker: who made it, as text.
+    """
+
+    record: int
+    name: str
+    maker: str
+
+
+@dataclass(frozen=True)
 class PlaceInfo:
     """A process that uses channels of the region, as it describes itself.
 

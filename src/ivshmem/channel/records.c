@@ -2540,7 +2540,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ivshmem/channel/records.pyx":146
+/* "ivshmem/channel/records.pyx":183
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2553,7 +2553,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 };
 
 
-/* "ivshmem/channel/records.pyx":154
+/* "ivshmem/channel/records.pyx":191
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -2573,7 +2573,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
 };
 
 
-/* "ivshmem/channel/records.pyx":204
+/* "ivshmem/channel/records.pyx":279
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2586,7 +2586,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":255
+/* "ivshmem/channel/records.pyx":330
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -3475,20 +3475,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_int_int(PyObject *op1, PyObje
 static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_float_int(PyObject *op1, PyObject *op2, int inplace);
 #endif
 
-/* PyObjectFormatAndDecref.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
-
-/* PyUnicode_Unicode.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
-
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
@@ -3532,6 +3518,10 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, 
 static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_object_object(PyObject *op1, PyObject *op2, int inplace);
 #endif
 
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
 /* PyObjectFormatSimple.proto */
 #if CYTHON_COMPILING_IN_PYPY
     #define __Pyx_PyObject_FormatSimple(s, f) (\
@@ -3574,8 +3564,18 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char, char format_char);
 
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
@@ -3608,20 +3608,82 @@ static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
 static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
                                                      int wraparound, int boundscheck, int unsafe_shared);
 
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char);
+
+/* UnicodeConcatInPlace.proto */
+# if CYTHON_COMPILING_IN_CPYTHON
+    #if CYTHON_REFNANNY
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared, __pyx_refnanny)
+    #else
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared)
+    #endif
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_DefinitelyUnique)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_OwnStrongReference)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_FunctionArgument)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_SharedReference)
+    static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    );
+#else
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace __Pyx_PyUnicode_Concat
+#endif
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
+
+/* RaiseNoneIterError.proto */
+static CYTHON_INLINE void __Pyx_RaiseNoneNotIterableError(void);
+
+/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
+#else
+#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
+#endif
+
+/* PyObjectVectorcallMethodKwds.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
+#else
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_object_str(PyObject *op1, PyObject *op2, int pyop);
-
-/* PyDictContains.proto */
-static CYTHON_INLINE int __Pyx_PyDict_ContainsTF(PyObject* item, PyObject* dict, int eq) {
-    int result = PyDict_Contains(dict, item);
-    return unlikely(result < 0) ? result : (result == (eq == Py_EQ));
-}
-
-/* pyfrozenset_new.proto (used by py_set_discard_unhashable) */
-static PyObject* __Pyx_PyFrozenSet_New(PyObject* it);
-
-/* py_set_discard.proto */
-static CYTHON_INLINE int __Pyx_PySet_Discard(PyObject *set, PyObject *key);
 
 /* PySequenceContains.proto */
 static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* seq, int eq) {
@@ -3629,11 +3691,27 @@ static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* s
     return unlikely(result < 0) ? result : (result == (eq == Py_EQ));
 }
 
+/* RaiseErrorWithObjectType.proto (used by ObjectGetItem) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* ObjectGetItem.proto */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject *__Pyx_PyObject_GetItem(PyObject *obj, PyObject *key);
+#else
+#define __Pyx_PyObject_GetItem(obj, key)  PyObject_GetItem(obj, key)
+#endif
+
+/* pyfrozenset_new.proto (used by py_set_discard_unhashable) */
+static PyObject* __Pyx_PyFrozenSet_New(PyObject* it);
+
+/* py_set_discard.proto */
+static CYTHON_INLINE int __Pyx_PySet_Discard(PyObject *set, PyObject *key);
+
 /* PyObjectCallMethod0.proto (used by dict_iter_common) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
-
-/* RaiseNoneIterError.proto (used by UnpackTupleError) */
-static CYTHON_INLINE void __Pyx_RaiseNoneNotIterableError(void);
 
 /* UnpackTupleError.proto (used by UnpackTuple2) */
 static void __Pyx_UnpackTupleError(PyObject *, Py_ssize_t index);
@@ -3679,41 +3757,11 @@ static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
 /* pep479.proto */
 static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 
-/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
-#else
-#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
-#endif
-
-/* PyObjectVectorcallMethodKwds.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
-#else
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
-
-/* RaiseErrorWithObjectType.proto (used by RaiseMappingExpected) */
-#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
-#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
-
 /* RaiseMappingExpected.proto */
 static void __Pyx_RaiseMappingExpectedError(PyObject* arg);
+
+/* ListCompAppendAndDecref.proto */
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
 /* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
@@ -4077,9 +4125,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
 /* CIntFromPy.proto */
 static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
-
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
@@ -4340,8 +4385,13 @@ static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_name;
 static PyObject *__pyx_7genexpr__pyx_v_7ivshmem_7channel_7records_number;
 static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_record *); /*proto*/
 static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(PyObject *); /*proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_record *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *, char *); /*proto*/
 static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *, struct ivshmem_record *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_record *); /*proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4360,9 +4410,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name, PyObject *__pyx_v_geometry, PyObject *__pyx_v_text); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -4507,8 +4558,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[157];
+    PyObject *__pyx_codeobj_tab[9];
+    PyObject *__pyx_string_tab[171];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4588,161 +4639,175 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u__4 __pyx_string_tab[0]
 #define __pyx_kp_u_process __pyx_string_tab[1]
-#define __pyx_kp_u_already __pyx_string_tab[2]
-#define __pyx_kp_u_are_free_in_one_piece_or_all __pyx_string_tab[3]
-#define __pyx_kp_u_at_most __pyx_string_tab[4]
-#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[5]
-#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[6]
-#define __pyx_kp_u__3 __pyx_string_tab[7]
-#define __pyx_kp_u__2 __pyx_string_tab[8]
-#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[9]
-#define __pyx_kp_u_made_by __pyx_string_tab[10]
-#define __pyx_kp_u_used_by __pyx_string_tab[11]
-#define __pyx_kp_u_used_by_nobody_ivshmem_channel __pyx_string_tab[12]
-#define __pyx_kp_u_which_another_process_is_just_m __pyx_string_tab[13]
-#define __pyx_kp_u__5 __pyx_string_tab[14]
-#define __pyx_kp_u_a_geometry_that_is_not_allowed __pyx_string_tab[15]
-#define __pyx_kp_u_it_takes __pyx_string_tab[16]
-#define __pyx_kp_u_ __pyx_string_tab[17]
-#define __pyx_kp_u_None __pyx_string_tab[18]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[19]
-#define __pyx_kp_u_removes_it __pyx_string_tab[20]
-#define __pyx_kp_u_a_process_that_has_left __pyx_string_tab[21]
-#define __pyx_kp_u_add_note __pyx_string_tab[22]
-#define __pyx_kp_u_channel __pyx_string_tab[23]
-#define __pyx_kp_u_disable __pyx_string_tab[24]
-#define __pyx_kp_u_enable __pyx_string_tab[25]
-#define __pyx_kp_u_gc __pyx_string_tab[26]
-#define __pyx_kp_u_isenabled __pyx_string_tab[27]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[28]
-#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[29]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[30]
-#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[31]
-#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[32]
-#define __pyx_kp_u_place __pyx_string_tab[33]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[34]
-#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[35]
-#define __pyx_n_u_ChannelError __pyx_string_tab[36]
-#define __pyx_n_u_ChannelExists __pyx_string_tab[37]
-#define __pyx_n_u_KINDS __pyx_string_tab[38]
-#define __pyx_n_u_NAME_BYTES __pyx_string_tab[39]
-#define __pyx_n_u_NoSuchChannel __pyx_string_tab[40]
-#define __pyx_n_u_OPTIONS __pyx_string_tab[41]
-#define __pyx_n_u_OVERFLOW __pyx_string_tab[42]
-#define __pyx_n_u_RegionError __pyx_string_tab[43]
-#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[44]
-#define __pyx_n_u_NAMES __pyx_string_tab[45]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[46]
-#define __pyx_n_u_annotate __pyx_string_tab[47]
-#define __pyx_n_u_func __pyx_string_tab[48]
-#define __pyx_n_u_main __pyx_string_tab[49]
-#define __pyx_n_u_module __pyx_string_tab[50]
-#define __pyx_n_u_name_2 __pyx_string_tab[51]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[52]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
-#define __pyx_n_u_qualname __pyx_string_tab[54]
-#define __pyx_n_u_test __pyx_string_tab[55]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[56]
-#define __pyx_n_u_append __pyx_string_tab[57]
-#define __pyx_n_u_area __pyx_string_tab[58]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[59]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[60]
-#define __pyx_n_u_bit __pyx_string_tab[61]
-#define __pyx_n_u_block __pyx_string_tab[62]
-#define __pyx_n_u_bytes __pyx_string_tab[63]
-#define __pyx_n_u_calls __pyx_string_tab[64]
-#define __pyx_n_u_channel_2 __pyx_string_tab[65]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[66]
-#define __pyx_n_u_close __pyx_string_tab[67]
-#define __pyx_n_u_closing __pyx_string_tab[68]
-#define __pyx_n_u_code __pyx_string_tab[69]
-#define __pyx_n_u_connections __pyx_string_tab[70]
-#define __pyx_n_u_create __pyx_string_tab[71]
-#define __pyx_n_u_created __pyx_string_tab[72]
-#define __pyx_n_u_decode __pyx_string_tab[73]
-#define __pyx_n_u_discard __pyx_string_tab[74]
-#define __pyx_n_u_encode __pyx_string_tab[75]
-#define __pyx_n_u_encoded __pyx_string_tab[76]
-#define __pyx_n_u_errors __pyx_string_tab[77]
-#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[78]
-#define __pyx_n_u_find __pyx_string_tab[79]
-#define __pyx_n_u_force __pyx_string_tab[80]
-#define __pyx_n_u_format_size __pyx_string_tab[81]
-#define __pyx_n_u_found __pyx_string_tab[82]
-#define __pyx_n_u_free __pyx_string_tab[83]
-#define __pyx_n_u_g __pyx_string_tab[84]
-#define __pyx_n_u_genexpr __pyx_string_tab[85]
-#define __pyx_n_u_geometry __pyx_string_tab[86]
-#define __pyx_n_u_get __pyx_string_tab[87]
-#define __pyx_n_u_gone __pyx_string_tab[88]
-#define __pyx_n_u_i __pyx_string_tab[89]
-#define __pyx_n_u_index __pyx_string_tab[90]
-#define __pyx_n_u_items __pyx_string_tab[91]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[92]
-#define __pyx_n_u_kind __pyx_string_tab[93]
-#define __pyx_n_u_layout __pyx_string_tab[94]
-#define __pyx_n_u_limit __pyx_string_tab[95]
-#define __pyx_n_u_listing __pyx_string_tab[96]
-#define __pyx_n_u_loans __pyx_string_tab[97]
-#define __pyx_n_u_membership __pyx_string_tab[98]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[99]
-#define __pyx_n_u_messages __pyx_string_tab[100]
-#define __pyx_n_u_most __pyx_string_tab[101]
-#define __pyx_n_u_n __pyx_string_tab[102]
-#define __pyx_n_u_name __pyx_string_tab[103]
-#define __pyx_n_u_next __pyx_string_tab[104]
-#define __pyx_n_u_open __pyx_string_tab[105]
-#define __pyx_n_u_options __pyx_string_tab[106]
-#define __pyx_n_u_overflow __pyx_string_tab[107]
-#define __pyx_n_u_overwrite __pyx_string_tab[108]
-#define __pyx_n_u_places __pyx_string_tab[109]
-#define __pyx_n_u_plain __pyx_string_tab[110]
-#define __pyx_n_u_pop __pyx_string_tab[111]
-#define __pyx_n_u_published __pyx_string_tab[112]
-#define __pyx_n_u_queue __pyx_string_tab[113]
-#define __pyx_n_u_quoted __pyx_string_tab[114]
-#define __pyx_n_u_readers __pyx_string_tab[115]
-#define __pyx_n_u_reading __pyx_string_tab[116]
-#define __pyx_n_u_record __pyx_string_tab[117]
-#define __pyx_n_u_remove __pyx_string_tab[118]
-#define __pyx_n_u_replace __pyx_string_tab[119]
-#define __pyx_n_u_ring_always __pyx_string_tab[120]
-#define __pyx_n_u_room __pyx_string_tab[121]
-#define __pyx_n_u_send __pyx_string_tab[122]
-#define __pyx_n_u_setdefault __pyx_string_tab[123]
-#define __pyx_n_u_silent __pyx_string_tab[124]
-#define __pyx_n_u_size __pyx_string_tab[125]
-#define __pyx_n_u_size_of __pyx_string_tab[126]
-#define __pyx_n_u_sleep __pyx_string_tab[127]
-#define __pyx_n_u_slots __pyx_string_tab[128]
-#define __pyx_n_u_state __pyx_string_tab[129]
-#define __pyx_n_u_taken __pyx_string_tab[130]
-#define __pyx_n_u_text __pyx_string_tab[131]
-#define __pyx_n_u_throw __pyx_string_tab[132]
-#define __pyx_n_u_time __pyx_string_tab[133]
-#define __pyx_n_u_time_ns __pyx_string_tab[134]
-#define __pyx_n_u_times __pyx_string_tab[135]
-#define __pyx_n_u_tries __pyx_string_tab[136]
-#define __pyx_n_u_type __pyx_string_tab[137]
-#define __pyx_n_u_unfinished __pyx_string_tab[138]
-#define __pyx_n_u_unit __pyx_string_tab[139]
-#define __pyx_n_u_units __pyx_string_tab[140]
-#define __pyx_n_u_update __pyx_string_tab[141]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[142]
-#define __pyx_n_u_value __pyx_string_tab[143]
-#define __pyx_n_u_values __pyx_string_tab[144]
-#define __pyx_n_u_views __pyx_string_tab[145]
-#define __pyx_n_u_writers __pyx_string_tab[146]
-#define __pyx_n_u_writing __pyx_string_tab[147]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_fA_vQa_xq_q __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uCvWCuAQ_m1A_1Jg __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[156]
+#define __pyx_kp_u_force_removes_it __pyx_string_tab[2]
+#define __pyx_kp_u_already __pyx_string_tab[3]
+#define __pyx_kp_u_are_free_in_one_piece_or_all __pyx_string_tab[4]
+#define __pyx_kp_u_at_most __pyx_string_tab[5]
+#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[6]
+#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[7]
+#define __pyx_kp_u_is_just_making __pyx_string_tab[8]
+#define __pyx_kp_u__3 __pyx_string_tab[9]
+#define __pyx_kp_u__2 __pyx_string_tab[10]
+#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[11]
+#define __pyx_kp_u_is_spoiled_by_some_process_that __pyx_string_tab[12]
+#define __pyx_kp_u_made_by __pyx_string_tab[13]
+#define __pyx_kp_u_used_by __pyx_string_tab[14]
+#define __pyx_kp_u_used_by_nobody_ivshmem_channel __pyx_string_tab[15]
+#define __pyx_kp_u_which __pyx_string_tab[16]
+#define __pyx_kp_u_which_another_process_was_just __pyx_string_tab[17]
+#define __pyx_kp_u__5 __pyx_string_tab[18]
+#define __pyx_kp_u_a_geometry_that_is_not_allowed __pyx_string_tab[19]
+#define __pyx_kp_u_it_takes __pyx_string_tab[20]
+#define __pyx_kp_u_its_record_number __pyx_string_tab[21]
+#define __pyx_kp_u_it_shows_no_sign_of_life_if_it __pyx_string_tab[22]
+#define __pyx_kp_u_ __pyx_string_tab[23]
+#define __pyx_kp_u_None __pyx_string_tab[24]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[25]
+#define __pyx_kp_u_ends_that __pyx_string_tab[26]
+#define __pyx_kp_u_removes_it __pyx_string_tab[27]
+#define __pyx_kp_u_a_process_that_has_left __pyx_string_tab[28]
+#define __pyx_kp_u_add_note __pyx_string_tab[29]
+#define __pyx_kp_u_channel __pyx_string_tab[30]
+#define __pyx_kp_u_disable __pyx_string_tab[31]
+#define __pyx_kp_u_enable __pyx_string_tab[32]
+#define __pyx_kp_u_gc __pyx_string_tab[33]
+#define __pyx_kp_u_isenabled __pyx_string_tab[34]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[35]
+#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[36]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[37]
+#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[38]
+#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[39]
+#define __pyx_kp_u_place __pyx_string_tab[40]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[41]
+#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[42]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[43]
+#define __pyx_n_u_ChannelError __pyx_string_tab[44]
+#define __pyx_n_u_ChannelExists __pyx_string_tab[45]
+#define __pyx_n_u_KINDS __pyx_string_tab[46]
+#define __pyx_n_u_NAME_BYTES __pyx_string_tab[47]
+#define __pyx_n_u_NoSuchChannel __pyx_string_tab[48]
+#define __pyx_n_u_OPTIONS __pyx_string_tab[49]
+#define __pyx_n_u_OVERFLOW __pyx_string_tab[50]
+#define __pyx_n_u_RegionError __pyx_string_tab[51]
+#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[52]
+#define __pyx_n_u__8 __pyx_string_tab[53]
+#define __pyx_n_u_NAMES __pyx_string_tab[54]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[55]
+#define __pyx_n_u_annotate __pyx_string_tab[56]
+#define __pyx_n_u_class_getitem __pyx_string_tab[57]
+#define __pyx_n_u_func __pyx_string_tab[58]
+#define __pyx_n_u_main __pyx_string_tab[59]
+#define __pyx_n_u_module __pyx_string_tab[60]
+#define __pyx_n_u_name_2 __pyx_string_tab[61]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[62]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[63]
+#define __pyx_n_u_qualname __pyx_string_tab[64]
+#define __pyx_n_u_test __pyx_string_tab[65]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[66]
+#define __pyx_n_u_append __pyx_string_tab[67]
+#define __pyx_n_u_area __pyx_string_tab[68]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[69]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[70]
+#define __pyx_n_u_bit __pyx_string_tab[71]
+#define __pyx_n_u_block __pyx_string_tab[72]
+#define __pyx_n_u_bytes __pyx_string_tab[73]
+#define __pyx_n_u_calls __pyx_string_tab[74]
+#define __pyx_n_u_channel_2 __pyx_string_tab[75]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[76]
+#define __pyx_n_u_close __pyx_string_tab[77]
+#define __pyx_n_u_closing __pyx_string_tab[78]
+#define __pyx_n_u_code __pyx_string_tab[79]
+#define __pyx_n_u_connections __pyx_string_tab[80]
+#define __pyx_n_u_create __pyx_string_tab[81]
+#define __pyx_n_u_created __pyx_string_tab[82]
+#define __pyx_n_u_decode __pyx_string_tab[83]
+#define __pyx_n_u_discard __pyx_string_tab[84]
+#define __pyx_n_u_encode __pyx_string_tab[85]
+#define __pyx_n_u_encoded __pyx_string_tab[86]
+#define __pyx_n_u_errors __pyx_string_tab[87]
+#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[88]
+#define __pyx_n_u_find __pyx_string_tab[89]
+#define __pyx_n_u_force __pyx_string_tab[90]
+#define __pyx_n_u_format_size __pyx_string_tab[91]
+#define __pyx_n_u_found __pyx_string_tab[92]
+#define __pyx_n_u_free __pyx_string_tab[93]
+#define __pyx_n_u_g __pyx_string_tab[94]
+#define __pyx_n_u_genexpr __pyx_string_tab[95]
+#define __pyx_n_u_geometry __pyx_string_tab[96]
+#define __pyx_n_u_get __pyx_string_tab[97]
+#define __pyx_n_u_gone __pyx_string_tab[98]
+#define __pyx_n_u_i __pyx_string_tab[99]
+#define __pyx_n_u_index __pyx_string_tab[100]
+#define __pyx_n_u_items __pyx_string_tab[101]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[102]
+#define __pyx_n_u_kind __pyx_string_tab[103]
+#define __pyx_n_u_layout __pyx_string_tab[104]
+#define __pyx_n_u_limit __pyx_string_tab[105]
+#define __pyx_n_u_listing __pyx_string_tab[106]
+#define __pyx_n_u_loans __pyx_string_tab[107]
+#define __pyx_n_u_maker __pyx_string_tab[108]
+#define __pyx_n_u_membership __pyx_string_tab[109]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[110]
+#define __pyx_n_u_messages __pyx_string_tab[111]
+#define __pyx_n_u_most __pyx_string_tab[112]
+#define __pyx_n_u_n __pyx_string_tab[113]
+#define __pyx_n_u_name __pyx_string_tab[114]
+#define __pyx_n_u_next __pyx_string_tab[115]
+#define __pyx_n_u_open __pyx_string_tab[116]
+#define __pyx_n_u_options __pyx_string_tab[117]
+#define __pyx_n_u_overflow __pyx_string_tab[118]
+#define __pyx_n_u_overwrite __pyx_string_tab[119]
+#define __pyx_n_u_places __pyx_string_tab[120]
+#define __pyx_n_u_plain __pyx_string_tab[121]
+#define __pyx_n_u_pop __pyx_string_tab[122]
+#define __pyx_n_u_published __pyx_string_tab[123]
+#define __pyx_n_u_queue __pyx_string_tab[124]
+#define __pyx_n_u_quoted __pyx_string_tab[125]
+#define __pyx_n_u_readers __pyx_string_tab[126]
+#define __pyx_n_u_reading __pyx_string_tab[127]
+#define __pyx_n_u_record __pyx_string_tab[128]
+#define __pyx_n_u_remove __pyx_string_tab[129]
+#define __pyx_n_u_replace __pyx_string_tab[130]
+#define __pyx_n_u_ring_always __pyx_string_tab[131]
+#define __pyx_n_u_room __pyx_string_tab[132]
+#define __pyx_n_u_send __pyx_string_tab[133]
+#define __pyx_n_u_setdefault __pyx_string_tab[134]
+#define __pyx_n_u_silent __pyx_string_tab[135]
+#define __pyx_n_u_size __pyx_string_tab[136]
+#define __pyx_n_u_size_of __pyx_string_tab[137]
+#define __pyx_n_u_sleep __pyx_string_tab[138]
+#define __pyx_n_u_slots __pyx_string_tab[139]
+#define __pyx_n_u_spoiled __pyx_string_tab[140]
+#define __pyx_n_u_state __pyx_string_tab[141]
+#define __pyx_n_u_taken __pyx_string_tab[142]
+#define __pyx_n_u_text __pyx_string_tab[143]
+#define __pyx_n_u_throw __pyx_string_tab[144]
+#define __pyx_n_u_time __pyx_string_tab[145]
+#define __pyx_n_u_time_ns __pyx_string_tab[146]
+#define __pyx_n_u_times __pyx_string_tab[147]
+#define __pyx_n_u_total __pyx_string_tab[148]
+#define __pyx_n_u_tries __pyx_string_tab[149]
+#define __pyx_n_u_type __pyx_string_tab[150]
+#define __pyx_n_u_unfinished __pyx_string_tab[151]
+#define __pyx_n_u_unit __pyx_string_tab[152]
+#define __pyx_n_u_units __pyx_string_tab[153]
+#define __pyx_n_u_update __pyx_string_tab[154]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[155]
+#define __pyx_n_u_value __pyx_string_tab[156]
+#define __pyx_n_u_values __pyx_string_tab[157]
+#define __pyx_n_u_views __pyx_string_tab[158]
+#define __pyx_n_u_writers __pyx_string_tab[159]
+#define __pyx_n_u_writing __pyx_string_tab[160]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[170]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4790,8 +4855,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<157; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<9; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<171; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4847,8 +4912,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<157; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<9; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<171; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5989,7 +6054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
- *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
+ *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
 
@@ -6001,7 +6066,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_2room, "Return (bytes of a unit, units, the most free units in a row) of the area.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_2room, "Return (bytes of a unit, units, free ones, the most free ones in a row) of the area.");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_3room = {"room", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_3room, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_2room};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_3room(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6094,6 +6159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   uint32_t __pyx_v_unit;
   uint32_t __pyx_v_free;
   uint32_t __pyx_v_most;
+  uint32_t __pyx_v_total;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -6108,6 +6174,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6115,26 +6182,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 
   /* "ivshmem/channel/records.pyx":64
  * def room(Membership membership not None):
- *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
+ *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area             # <<<<<<<<<<<<<<
- *     cdef uint32_t unit, free = 0, most = 0
+ *     cdef uint32_t unit, free = 0, most = 0, total = 0
  *     membership.check()
 */
   __pyx_v_area = (&__pyx_v_membership->member.area);
 
   /* "ivshmem/channel/records.pyx":65
- *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
+ *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
- *     cdef uint32_t unit, free = 0, most = 0             # <<<<<<<<<<<<<<
+ *     cdef uint32_t unit, free = 0, most = 0, total = 0             # <<<<<<<<<<<<<<
  *     membership.check()
  *     for unit in range(area.units):
 */
   __pyx_v_free = 0;
   __pyx_v_most = 0;
+  __pyx_v_total = 0;
 
   /* "ivshmem/channel/records.pyx":66
  *     cdef ivshmem_area *area = &membership.member.area
- *     cdef uint32_t unit, free = 0, most = 0
+ *     cdef uint32_t unit, free = 0, most = 0, total = 0
  *     membership.check()             # <<<<<<<<<<<<<<
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
@@ -6143,7 +6211,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 
 
   /* "ivshmem/channel/records.pyx":67
- *     cdef uint32_t unit, free = 0, most = 0
+ *     cdef uint32_t unit, free = 0, most = 0, total = 0
  *     membership.check()
  *     for unit in range(area.units):             # <<<<<<<<<<<<<<
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
@@ -6161,7 +6229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
  *             free += 1
- *             most = max(most, free)
+ *             total += 1
 */
     __pyx_t_5 = (ivshmem_unit_is_free(__pyx_v_area, ivshmem_load((&__pyx_v_area->memory), (__pyx_v_area->units_at + (8 * __pyx_v_unit)))) != 0);
 
@@ -6172,14 +6240,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1             # <<<<<<<<<<<<<<
+ *             total += 1
  *             most = max(most, free)
- *         else:
 */
       __pyx_v_free = (__pyx_v_free + 1);
 
       /* "ivshmem/channel/records.pyx":70
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1
+ *             total += 1             # <<<<<<<<<<<<<<
+ *             most = max(most, free)
+ *         else:
+*/
+      __pyx_v_total = (__pyx_v_total + 1);
+
+      /* "ivshmem/channel/records.pyx":71
+ *             free += 1
+ *             total += 1
  *             most = max(most, free)             # <<<<<<<<<<<<<<
  *         else:
  *             free = 0
@@ -6206,16 +6283,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
  *             free += 1
- *             most = max(most, free)
+ *             total += 1
 */
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/records.pyx":72
+    /* "ivshmem/channel/records.pyx":73
  *             most = max(most, free)
  *         else:
  *             free = 0             # <<<<<<<<<<<<<<
- *     return area.unit, area.units, most
+ *     return area.unit, area.units, total, most
  * 
 */
     /*else*/ {
@@ -6225,46 +6302,51 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   }
 
 
-  /* "ivshmem/channel/records.pyx":73
+  /* "ivshmem/channel/records.pyx":74
  *         else:
  *             free = 0
- *     return area.unit, area.units, most             # <<<<<<<<<<<<<<
+ *     return area.unit, area.units, total, most             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_total); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_12 = PyTuple_New(3); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
+  __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_13);
   __Pyx_GIVEREF(__pyx_t_9);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_11);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 73, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
+  __Pyx_GIVEREF(__pyx_t_12);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
   __pyx_t_9 = 0;
   __pyx_t_10 = 0;
   __pyx_t_11 = 0;
+  __pyx_t_12 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_12;
+      __pyx_r = __pyx_t_13;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_12 = 0;
+  __pyx_t_13 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/records.pyx":62
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
- *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
+ *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
 
@@ -6274,9 +6356,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
   __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_13);
   __Pyx_AddTraceback("ivshmem.channel.records.room", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
 
 
 
@@ -6286,7 +6370,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":76
+/* "ivshmem/channel/records.pyx":77
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -6302,7 +6386,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the facts of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the facts of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelCorrupt: as of `find`.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_5create = {"create", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_5create, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_4create};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_5create(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6337,44 +6421,44 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_geometry,&__pyx_mstate_global->__pyx_n_u_text,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 77, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 77, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 76, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 77, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
@@ -6383,7 +6467,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 77, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6394,10 +6478,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 76, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_4create(__pyx_self, __pyx_v_membership, __pyx_v_name, __pyx_v_geometry, __pyx_v_text);
 
   /* function exit code */
@@ -6424,6 +6508,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   PyObject *__pyx_v_tries = NULL;
   PyObject *__pyx_v_unit = NULL;
   PyObject *__pyx_v_units = NULL;
+  CYTHON_UNUSED PyObject *__pyx_v__ = NULL;
   PyObject *__pyx_v_most = NULL;
   PyObject *__pyx_v_size = NULL;
   PyObject *__pyx_v_taken = NULL;
@@ -6445,18 +6530,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
   double __pyx_t_16;
-  PyObject *__pyx_t_17[4];
-  PyObject *(*__pyx_t_18)(PyObject *);
+  PyObject *(*__pyx_t_17)(PyObject *);
+  PyObject *__pyx_t_18 = NULL;
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
-  PyObject *__pyx_t_21 = NULL;
-  PyObject *__pyx_t_22[11];
+  PyObject *__pyx_t_21[11];
+  PyObject *__pyx_t_22[4];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("create", 0);
 
-  /* "ivshmem/channel/records.pyx":86
+  /* "ivshmem/channel/records.pyx":88
  *     """
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6465,7 +6550,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = IVSHMEM_AGAIN;
 
-  /* "ivshmem/channel/records.pyx":87
+  /* "ivshmem/channel/records.pyx":89
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
@@ -6474,24 +6559,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_name == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 87, __pyx_L1_error)
+    __PYX_ERR(0, 89, __pyx_L1_error)
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 89, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":88
+  /* "ivshmem/channel/records.pyx":90
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()
  *     membership.check()             # <<<<<<<<<<<<<<
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":89
+  /* "ivshmem/channel/records.pyx":91
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     memset(&record, 0, sizeof(record))             # <<<<<<<<<<<<<<
@@ -6500,20 +6585,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   (void)(memset((&__pyx_v_record), 0, (sizeof(__pyx_v_record))));
 
-  /* "ivshmem/channel/records.pyx":90
+  /* "ivshmem/channel/records.pyx":92
  *     membership.check()
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
 */
-  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 92, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.name, ((char const *)__pyx_t_3), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":91
+  /* "ivshmem/channel/records.pyx":93
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))             # <<<<<<<<<<<<<<
@@ -6522,29 +6607,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 91, __pyx_L1_error)
+    __PYX_ERR(0, 93, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 93, __pyx_L1_error)
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 91, __pyx_L1_error)
+    __PYX_ERR(0, 93, __pyx_L1_error)
   }
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.type, ((char const *)__pyx_t_5), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":92
+  /* "ivshmem/channel/records.pyx":94
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 94, __pyx_L1_error)
   __pyx_v_record.geometry = __pyx_t_6;
 
-  /* "ivshmem/channel/records.pyx":93
+  /* "ivshmem/channel/records.pyx":95
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()             # <<<<<<<<<<<<<<
@@ -6552,9 +6637,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         code = ivshmem_create(&membership.member, &record)
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __pyx_t_10 = 1;
@@ -6574,14 +6659,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 93, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 95, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_record.created = __pyx_t_11;
 
-  /* "ivshmem/channel/records.pyx":94
+  /* "ivshmem/channel/records.pyx":96
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6589,7 +6674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         if code != IVSHMEM_AGAIN:
 */
   __pyx_t_9 = NULL;
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_10 = 1;
   {
@@ -6597,12 +6682,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 94, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
     {
@@ -6610,18 +6695,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 94, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 96, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_1);
-    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 94, __pyx_L1_error)
+    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 96, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_tries, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":95
+    /* "ivshmem/channel/records.pyx":97
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)             # <<<<<<<<<<<<<<
@@ -6630,7 +6715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     __pyx_v_code = ivshmem_create((&__pyx_v_membership->member), (&__pyx_v_record));
 
-    /* "ivshmem/channel/records.pyx":96
+    /* "ivshmem/channel/records.pyx":98
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6642,7 +6727,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     if (__pyx_t_13) {
 
 
-      /* "ivshmem/channel/records.pyx":97
+      /* "ivshmem/channel/records.pyx":99
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:
  *             break             # <<<<<<<<<<<<<<
@@ -6651,7 +6736,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/records.pyx":96
+      /* "ivshmem/channel/records.pyx":98
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6660,7 +6745,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/channel/records.pyx":98
+    /* "ivshmem/channel/records.pyx":100
  *         if code != IVSHMEM_AGAIN:
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))             # <<<<<<<<<<<<<<
@@ -6668,28 +6753,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         return facts_of(&record)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
     __pyx_t_10 = 1;
@@ -6710,12 +6795,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":94
+    /* "ivshmem/channel/records.pyx":96
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6730,7 +6815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   goto __pyx_L6_for_end;
   __pyx_L6_for_end:;
 
-  /* "ivshmem/channel/records.pyx":99
+  /* "ivshmem/channel/records.pyx":101
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6742,14 +6827,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (__pyx_t_13) {
 
 
-    /* "ivshmem/channel/records.pyx":100
+    /* "ivshmem/channel/records.pyx":102
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:
  *         return facts_of(&record)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+ *         raise exists(membership, name)
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -6762,7 +6847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":99
+    /* "ivshmem/channel/records.pyx":101
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6771,92 +6856,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":101
+  /* "ivshmem/channel/records.pyx":103
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+ *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:
 */
   switch (__pyx_v_code) {
     case IVSHMEM_TAKEN:
     case IVSHMEM_AGAIN:
 
-    /* "ivshmem/channel/records.pyx":102
+    /* "ivshmem/channel/records.pyx":104
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")             # <<<<<<<<<<<<<<
+ *         raise exists(membership, name)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
- *         unit, units, most = room(membership)
+ *         unit, units, _, most = room(membership)
 */
-    __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __pyx_f_7ivshmem_7channel_7records_whose(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_t_9); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_there_is_a_channel;
-    __pyx_t_17[1] = __pyx_t_8;
-    __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_already;
-    __pyx_t_17[3] = __pyx_t_15;
-    __pyx_t_4 = 27;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]);
-    #endif
-    __pyx_t_2 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]);
-    #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_17, 4, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_10 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_14))) {
-      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_14);
-      assert(__pyx_t_1);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-      __pyx_t_10 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_9};
-      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-    }
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_exists(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 102, __pyx_L1_error)
+    __PYX_ERR(0, 104, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":101
+    /* "ivshmem/channel/records.pyx":103
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+ *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:
 */
     break;
     default: break;
   }
 
-  /* "ivshmem/channel/records.pyx":103
+  /* "ivshmem/channel/records.pyx":105
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+ *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         unit, units, most = room(membership)
+ *         unit, units, _, most = room(membership)
  *         size = size_of(geometry)
 */
   __pyx_t_13 = (__pyx_v_code == IVSHMEM_NO_ROOM);
@@ -6864,111 +6903,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":104
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+    /* "ivshmem/channel/records.pyx":106
+ *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:
- *         unit, units, most = room(membership)             # <<<<<<<<<<<<<<
+ *         unit, units, _, most = room(membership)             # <<<<<<<<<<<<<<
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
 */
-    __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_9))) {
-      __pyx_t_14 = PyMethod_GET_SELF(__pyx_t_9);
-      assert(__pyx_t_14);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-      __Pyx_INCREF(__pyx_t_14);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-      __pyx_t_10 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_14, ((PyObject *)__pyx_v_membership)};
-      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-    }
-    if ((likely(PyTuple_CheckExact(__pyx_t_7))) || (PyList_CheckExact(__pyx_t_7))) {
-      PyObject* sequence = __pyx_t_7;
-      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
-      if (unlikely(size != 3)) {
-        if (size > 3) __Pyx_RaiseTooManyValuesError(3);
-        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 104, __pyx_L1_error)
-      }
-      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-      if (likely(PyTuple_CheckExact(sequence))) {
-        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 0);
-        __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_14 = PyTuple_GET_ITEM(sequence, 1);
-        __Pyx_INCREF(__pyx_t_14);
-        __pyx_t_1 = PyTuple_GET_ITEM(sequence, 2);
-        __Pyx_INCREF(__pyx_t_1);
-      } else {
-        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_9);
-        __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_14);
-        __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_1);
-      }
-      #else
-      __pyx_t_9 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
-      __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      #endif
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    } else {
-      Py_ssize_t index = -1;
-      __pyx_t_15 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_15);
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
-      index = 0; __pyx_t_9 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_9)) goto __pyx_L9_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_9);
-      index = 1; __pyx_t_14 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_14)) goto __pyx_L9_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_14);
-      index = 2; __pyx_t_1 = __pyx_t_18(__pyx_t_15); if (unlikely(!__pyx_t_1)) goto __pyx_L9_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_1);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_15), 3) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
-      __pyx_t_18 = NULL;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      goto __pyx_L10_unpacking_done;
-      __pyx_L9_unpacking_failed:;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __pyx_t_18 = NULL;
-      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 104, __pyx_L1_error)
-      __pyx_L10_unpacking_done:;
-    }
-    __pyx_v_unit = __pyx_t_9;
-    __pyx_t_9 = 0;
-    __pyx_v_units = __pyx_t_14;
-    __pyx_t_14 = 0;
-    __pyx_v_most = __pyx_t_1;
-    __pyx_t_1 = 0;
-
-    /* "ivshmem/channel/records.pyx":105
- *     if code == IVSHMEM_NO_ROOM:
- *         unit, units, most = room(membership)
- *         size = size_of(geometry)             # <<<<<<<<<<<<<<
- *         taken = (size + unit - 1) // unit * unit
- *         raise ChannelError(
-*/
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6983,38 +6926,144 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_v_geometry};
+      PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_membership)};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+    }
+    if ((likely(PyTuple_CheckExact(__pyx_t_7))) || (PyList_CheckExact(__pyx_t_7))) {
+      PyObject* sequence = __pyx_t_7;
+      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
+      if (unlikely(size != 4)) {
+        if (size > 4) __Pyx_RaiseTooManyValuesError(4);
+        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
+        __PYX_ERR(0, 106, __pyx_L1_error)
+      }
+      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+      if (likely(PyTuple_CheckExact(sequence))) {
+        __pyx_t_14 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_14);
+        __pyx_t_1 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_1);
+        __pyx_t_8 = PyTuple_GET_ITEM(sequence, 2);
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 3);
+        __Pyx_INCREF(__pyx_t_9);
+      } else {
+        __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_14);
+        __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_1);
+        __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 106, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_8);
+        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 106, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_9);
+      }
+      #else
+      {
+        Py_ssize_t i;
+        PyObject** temps[4] = {&__pyx_t_14,&__pyx_t_1,&__pyx_t_8,&__pyx_t_9};
+        for (i=0; i < 4; i++) {
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 106, __pyx_L1_error)
+          __Pyx_GOTREF(item);
+          *(temps[i]) = item;
+        }
+      }
+      #endif
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    } else {
+      Py_ssize_t index = -1;
+      PyObject** temps[4] = {&__pyx_t_14,&__pyx_t_1,&__pyx_t_8,&__pyx_t_9};
+      __pyx_t_15 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 106, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_15);
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
+      for (index=0; index < 4; index++) {
+        PyObject* item = __pyx_t_17(__pyx_t_15); if (unlikely(!item)) goto __pyx_L9_unpacking_failed;
+        __Pyx_GOTREF(item);
+        *(temps[index]) = item;
+      }
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_15), 4) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+      __pyx_t_17 = NULL;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      goto __pyx_L10_unpacking_done;
+      __pyx_L9_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      __pyx_t_17 = NULL;
+      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
+      __PYX_ERR(0, 106, __pyx_L1_error)
+      __pyx_L10_unpacking_done:;
+    }
+    __pyx_v_unit = __pyx_t_14;
+    __pyx_t_14 = 0;
+    __pyx_v_units = __pyx_t_1;
+    __pyx_t_1 = 0;
+    __pyx_v__ = __pyx_t_8;
+    __pyx_t_8 = 0;
+    __pyx_v_most = __pyx_t_9;
+    __pyx_t_9 = 0;
+
+    /* "ivshmem/channel/records.pyx":107
+ *     if code == IVSHMEM_NO_ROOM:
+ *         unit, units, _, most = room(membership)
+ *         size = size_of(geometry)             # <<<<<<<<<<<<<<
+ *         taken = (size + unit - 1) // unit * unit
+ *         raise ChannelError(
+*/
+    __pyx_t_9 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_10 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_8))) {
+      __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_8);
+      assert(__pyx_t_9);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+      __Pyx_INCREF(__pyx_t_9);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+      __pyx_t_10 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_geometry};
+      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 107, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_v_size = __pyx_t_7;
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/records.pyx":106
- *         unit, units, most = room(membership)
+    /* "ivshmem/channel/records.pyx":108
+ *         unit, units, _, most = room(membership)
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit             # <<<<<<<<<<<<<<
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
 */
-    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_14 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_8 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_14, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_8, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_v_taken = __pyx_t_14;
-    __pyx_t_14 = 0;
+    __pyx_v_taken = __pyx_t_8;
+    __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/records.pyx":107
+    /* "ivshmem/channel/records.pyx":109
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7022,79 +7071,79 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/channel/records.pyx":108
+    /* "ivshmem/channel/records.pyx":110
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
 */
-    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_14, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_8 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_v_taken); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/records.pyx":109
+    /* "ivshmem/channel/records.pyx":111
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"             # <<<<<<<<<<<<<<
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
  *             " `ivshmem channel ls` lists what is there"
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_19 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __pyx_t_18 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_18);
+    __pyx_t_19 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_18); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_8, __pyx_t_19); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_20);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+    __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
+    __pyx_t_18 = __Pyx_PyObject_FormatSimple(__pyx_t_19, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_18);
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-    __pyx_t_19 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_19, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_20, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_19, __pyx_t_15); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_21 = __Pyx_PyObject_CallOneArg(__pyx_t_20, __pyx_t_8); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_21);
+    __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
+    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_21, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
 
-    /* "ivshmem/channel/records.pyx":110
+    /* "ivshmem/channel/records.pyx":112
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"             # <<<<<<<<<<<<<<
  *             " `ivshmem channel ls` lists what is there"
  *         )
 */
-    __pyx_t_21 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 110, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_21);
-    __pyx_t_22[0] = __pyx_mstate_global->__pyx_kp_u_no_room_for_channel;
-    __pyx_t_22[1] = __pyx_t_9;
-    __pyx_t_22[2] = __pyx_mstate_global->__pyx_kp_u_it_takes;
-    __pyx_t_22[3] = __pyx_t_15;
-    __pyx_t_22[4] = __pyx_mstate_global->__pyx_kp_u_and_of_the_area_s;
-    __pyx_t_22[5] = __pyx_t_19;
-    __pyx_t_22[6] = __pyx_mstate_global->__pyx_kp_u_at_most;
-    __pyx_t_22[7] = __pyx_t_8;
-    __pyx_t_22[8] = __pyx_mstate_global->__pyx_kp_u_are_free_in_one_piece_or_all;
-    __pyx_t_22[9] = __pyx_t_21;
-    __pyx_t_22[10] = __pyx_mstate_global->__pyx_kp_u_channels_exist_that_it_can_have;
+    __pyx_t_20 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_20);
+    __pyx_t_21[0] = __pyx_mstate_global->__pyx_kp_u_no_room_for_channel;
+    __pyx_t_21[1] = __pyx_t_1;
+    __pyx_t_21[2] = __pyx_mstate_global->__pyx_kp_u_it_takes;
+    __pyx_t_21[3] = __pyx_t_14;
+    __pyx_t_21[4] = __pyx_mstate_global->__pyx_kp_u_and_of_the_area_s;
+    __pyx_t_21[5] = __pyx_t_18;
+    __pyx_t_21[6] = __pyx_mstate_global->__pyx_kp_u_at_most;
+    __pyx_t_21[7] = __pyx_t_15;
+    __pyx_t_21[8] = __pyx_mstate_global->__pyx_kp_u_are_free_in_one_piece_or_all;
+    __pyx_t_21[9] = __pyx_t_20;
+    __pyx_t_21[10] = __pyx_mstate_global->__pyx_kp_u_channels_exist_that_it_can_have;
 
-    /* "ivshmem/channel/records.pyx":108
+    /* "ivshmem/channel/records.pyx":110
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
@@ -7104,60 +7153,60 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_4 = 166;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     for (Py_ssize_t i=1; i <= 9; i += 2) {
-      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_22[i]);
+      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_21[i]);
       __pyx_t_4 += l;
     }
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     for (Py_ssize_t i=1; i <= 7; i += 2) {
-      int l = __Pyx_PyUnicode_KIND_04(__pyx_t_22[i]);
+      int l = __Pyx_PyUnicode_KIND_04(__pyx_t_21[i]);
       __pyx_t_2 |= l;
     }
     #endif
-    __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 11, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_20);
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_21, 11, __pyx_t_4, __pyx_t_2);
+    if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_19);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
+    __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_1))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_1);
+    if (unlikely(PyMethod_Check(__pyx_t_9))) {
+      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_9);
       assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_1);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
       __Pyx_INCREF(__pyx_t_7);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_1, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
       __pyx_t_10 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_20};
-      __pyx_t_14 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_1, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_19};
+      __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 107, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_14);
+      __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
     }
-    __Pyx_Raise(__pyx_t_14, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_8, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __PYX_ERR(0, 109, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":103
+    /* "ivshmem/channel/records.pyx":105
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
- *         raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+ *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         unit, units, most = room(membership)
+ *         unit, units, _, most = room(membership)
  *         size = size_of(geometry)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":113
+  /* "ivshmem/channel/records.pyx":115
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7169,49 +7218,49 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":114
+    /* "ivshmem/channel/records.pyx":116
  *         )
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")             # <<<<<<<<<<<<<<
  *     raise membership.fail(code, NULL, name)
  * 
 */
-    __pyx_t_1 = NULL;
-    __pyx_t_20 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 114, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_9 = NULL;
+    __pyx_t_19 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 116, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_19);
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 116, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_17[1] = __pyx_t_20;
-    __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_a_geometry_that_is_not_allowed;
-    __pyx_t_17[3] = __pyx_t_7;
+    __pyx_t_22[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_22[1] = __pyx_t_19;
+    __pyx_t_22[2] = __pyx_mstate_global->__pyx_kp_u_a_geometry_that_is_not_allowed;
+    __pyx_t_22[3] = __pyx_t_7;
     __pyx_t_4 = 42;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]);
+    __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_22[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_22[3]);
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_22[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_22[3]);
     #endif
-    __pyx_t_21 = __Pyx_PyUnicode_Join(__pyx_t_17, 4, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 114, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_21);
-    __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
+    __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 4, __pyx_t_4, __pyx_t_2);
+    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 116, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_20);
+    __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_10 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_21};
-      __pyx_t_14 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 114, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_14);
+      PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_t_20};
+      __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 116, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
     }
-    __Pyx_Raise(__pyx_t_14, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 114, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_8, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __PYX_ERR(0, 116, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":113
+    /* "ivshmem/channel/records.pyx":115
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7220,20 +7269,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":115
+  /* "ivshmem/channel/records.pyx":117
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
  *     raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 115, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_14);
-  __Pyx_Raise(__pyx_t_14, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-  __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __Pyx_Raise(__pyx_t_8, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  __PYX_ERR(0, 117, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":76
+  /* "ivshmem/channel/records.pyx":77
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -7249,9 +7298,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_14);
   __Pyx_XDECREF(__pyx_t_15);
+  __Pyx_XDECREF(__pyx_t_18);
   __Pyx_XDECREF(__pyx_t_19);
   __Pyx_XDECREF(__pyx_t_20);
-  __Pyx_XDECREF(__pyx_t_21);
   __Pyx_AddTraceback("ivshmem.channel.records.create", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7261,6 +7310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   __Pyx_XDECREF(__pyx_v_tries);
   __Pyx_XDECREF(__pyx_v_unit);
   __Pyx_XDECREF(__pyx_v_units);
+  __Pyx_XDECREF(__pyx_v__);
   __Pyx_XDECREF(__pyx_v_most);
   __Pyx_XDECREF(__pyx_v_size);
   __Pyx_XDECREF(__pyx_v_taken);
@@ -7269,16 +7319,210 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":118
+/* "ivshmem/channel/records.pyx":120
  * 
  * 
- * cdef str whose(Membership membership, str name):             # <<<<<<<<<<<<<<
- *     """Say who made a channel and who uses it, as far as the memory tells."""
+ * cdef object exists(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Return the exception for a name that another process has taken."""
  *     cdef ivshmem_record record
 */
 
-static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
+static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
   struct ivshmem_record __pyx_v_record;
+  int __pyx_v_code;
+  PyObject *__pyx_v_about = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[4];
+  Py_ssize_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("exists", 0);
+
+  /* "ivshmem/channel/records.pyx":123
+ *     """Return the exception for a name that another process has taken."""
+ *     cdef ivshmem_record record
+ *     cdef int code = find_record(membership, name, &record)             # <<<<<<<<<<<<<<
+ *     if code == IVSHMEM_CORRUPT:
+ *         return is_spoiled(&record)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_1;
+
+  /* "ivshmem/channel/records.pyx":124
+ *     cdef ivshmem_record record
+ *     cdef int code = find_record(membership, name, &record)
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         return is_spoiled(&record)
+ *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_CORRUPT);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":125
+ *     cdef int code = find_record(membership, name, &record)
+ *     if code == IVSHMEM_CORRUPT:
+ *         return is_spoiled(&record)             # <<<<<<<<<<<<<<
+ *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
+ *     return ChannelExists(f"there is a channel {name!r} already{about}")
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_3;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_3 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":124
+ *     cdef ivshmem_record record
+ *     cdef int code = find_record(membership, name, &record)
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         return is_spoiled(&record)
+ *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":126
+ *     if code == IVSHMEM_CORRUPT:
+ *         return is_spoiled(&record)
+ *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)             # <<<<<<<<<<<<<<
+ *     return ChannelExists(f"there is a channel {name!r} already{about}")
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_code == 0);
+
+  if (__pyx_t_2) {
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_whose(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_3 = __pyx_t_4;
+    __pyx_t_4 = 0;
+  } else {
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_who_makes(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_3 = __pyx_t_4;
+    __pyx_t_4 = 0;
+  }
+
+  __pyx_v_about = ((PyObject*)__pyx_t_3);
+  __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/records.pyx":127
+ *         return is_spoiled(&record)
+ *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
+ *     return ChannelExists(f"there is a channel {name!r} already{about}")             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_about); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_there_is_a_channel;
+  __pyx_t_8[1] = __pyx_t_6;
+  __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_already;
+  __pyx_t_8[3] = __pyx_t_7;
+  __pyx_t_9 = 27;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
+  #endif
+  __pyx_t_1 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
+  #endif
+  __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  __pyx_t_11 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_11 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
+    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_3;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_3 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":120
+ * 
+ * 
+ * cdef object exists(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Return the exception for a name that another process has taken."""
+ *     cdef ivshmem_record record
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.records.exists", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+  __Pyx_XDECREF(__pyx_v_about);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":130
+ * 
+ * 
+ * cdef tuple maker_of(Membership membership, uint64_t state):             # <<<<<<<<<<<<<<
+ *     """Return who made, or makes, a record, and the names of all places by number."""
+ *     cdef ivshmem_place maker = ivshmem_place_of(state)
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, uint64_t __pyx_v_state) {
   struct ivshmem_place __pyx_v_maker;
   PyObject *__pyx_v_names = NULL;
   PyObject *__pyx_v_by = NULL;
@@ -7287,104 +7531,55 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   CYTHON_UNUSED PyObject *__pyx_v__ = NULL;
   PyObject *__pyx_v_process = NULL;
   PyObject *__pyx_v_words = NULL;
-  PyObject *__pyx_v_found = NULL;
-  PyObject *__pyx_v_ends = NULL;
-  PyObject *__pyx_v_users = NULL;
-  PyObject *__pyx_8genexpr1__pyx_v_end = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  Py_ssize_t __pyx_t_6;
-  PyObject *(*__pyx_t_7)(PyObject *);
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  Py_ssize_t __pyx_t_4;
+  PyObject *(*__pyx_t_5)(PyObject *);
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
-  PyObject *(*__pyx_t_16)(PyObject *);
-  PyObject *__pyx_t_17[7];
-  Py_ssize_t __pyx_t_18;
+  PyObject *(*__pyx_t_14)(PyObject *);
+  PyObject *__pyx_t_15[7];
+  Py_ssize_t __pyx_t_16;
+  int __pyx_t_17;
+  int __pyx_t_18;
   int __pyx_t_19;
-  int __pyx_t_20;
-  PyObject *__pyx_t_21[3];
-  int __pyx_t_22;
-  PyObject *__pyx_t_23[4];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("whose", 0);
+  __Pyx_RefNannySetupContext("maker_of", 0);
 
-  /* "ivshmem/channel/records.pyx":122
- *     cdef ivshmem_record record
- *     cdef ivshmem_place maker
- *     if not find_record(membership, name, &record):             # <<<<<<<<<<<<<<
- *         return ", which another process is just making"
- *     maker = ivshmem_place_of(record.state)
-*/
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 122, __pyx_L1_error)
-  __pyx_t_2 = (!__pyx_t_1);
-
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/records.pyx":123
- *     cdef ivshmem_place maker
- *     if not find_record(membership, name, &record):
- *         return ", which another process is just making"             # <<<<<<<<<<<<<<
- *     maker = ivshmem_place_of(record.state)
- *     names = {}
-*/
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_which_another_process_is_just_m);
-        __pyx_r = __pyx_mstate_global->__pyx_kp_u_which_another_process_is_just_m;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/records.pyx":122
- *     cdef ivshmem_record record
- *     cdef ivshmem_place maker
- *     if not find_record(membership, name, &record):             # <<<<<<<<<<<<<<
- *         return ", which another process is just making"
- *     maker = ivshmem_place_of(record.state)
-*/
-  }
-
-  /* "ivshmem/channel/records.pyx":124
- *     if not find_record(membership, name, &record):
- *         return ", which another process is just making"
- *     maker = ivshmem_place_of(record.state)             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/records.pyx":132
+ * cdef tuple maker_of(Membership membership, uint64_t state):
+ *     """Return who made, or makes, a record, and the names of all places by number."""
+ *     cdef ivshmem_place maker = ivshmem_place_of(state)             # <<<<<<<<<<<<<<
  *     names = {}
  *     by = "a process that has left"
 */
-  __pyx_v_maker = ivshmem_place_of(__pyx_v_record.state);
+  __pyx_v_maker = ivshmem_place_of(__pyx_v_state);
 
-  /* "ivshmem/channel/records.pyx":125
- *         return ", which another process is just making"
- *     maker = ivshmem_place_of(record.state)
+  /* "ivshmem/channel/records.pyx":133
+ *     """Return who made, or makes, a record, and the names of all places by number."""
+ *     cdef ivshmem_place maker = ivshmem_place_of(state)
  *     names = {}             # <<<<<<<<<<<<<<
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_v_names = ((PyObject*)__pyx_t_3);
-  __pyx_t_3 = 0;
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_names = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":126
- *     maker = ivshmem_place_of(record.state)
+  /* "ivshmem/channel/records.pyx":134
+ *     cdef ivshmem_place maker = ivshmem_place_of(state)
  *     names = {}
  *     by = "a process that has left"             # <<<<<<<<<<<<<<
  *     for index, epoch, _, _, _, process, words in membership.places():
@@ -7393,265 +7588,265 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_a_process_that_has_left);
   __pyx_v_by = __pyx_mstate_global->__pyx_kp_u_a_process_that_has_left;
 
-  /* "ivshmem/channel/records.pyx":127
+  /* "ivshmem/channel/records.pyx":135
  *     names = {}
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_v_membership);
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_5 = 0;
+  __pyx_t_2 = ((PyObject *)__pyx_v_membership);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
   }
-  if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
-    __pyx_t_4 = __pyx_t_3; __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_6 = 0;
-    __pyx_t_7 = NULL;
+  if (likely(PyList_CheckExact(__pyx_t_1)) || PyTuple_CheckExact(__pyx_t_1)) {
+    __pyx_t_2 = __pyx_t_1; __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_4 = 0;
+    __pyx_t_5 = NULL;
   } else {
-    __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __pyx_t_4 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L1_error)
   }
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
-    if (likely(!__pyx_t_7)) {
-      if (likely(PyList_CheckExact(__pyx_t_4))) {
+    if (likely(!__pyx_t_5)) {
+      if (likely(PyList_CheckExact(__pyx_t_2))) {
         {
-          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L1_error)
           #endif
-          if (__pyx_t_6 >= __pyx_temp) break;
+          if (__pyx_t_4 >= __pyx_temp) break;
         }
-        __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_4, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
-        ++__pyx_t_6;
+        __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_4;
       } else {
         {
-          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
+          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 127, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L1_error)
           #endif
-          if (__pyx_t_6 >= __pyx_temp) break;
+          if (__pyx_t_4 >= __pyx_temp) break;
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-        __pyx_t_3 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_4, __pyx_t_6));
+        __pyx_t_1 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_2, __pyx_t_4));
         #else
-        __pyx_t_3 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_6);
+        __pyx_t_1 = __Pyx_PySequence_ITEM(__pyx_t_2, __pyx_t_4);
         #endif
-        ++__pyx_t_6;
+        ++__pyx_t_4;
       }
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
     } else {
-      __pyx_t_3 = __pyx_t_7(__pyx_t_4);
-      if (unlikely(!__pyx_t_3)) {
+      __pyx_t_1 = __pyx_t_5(__pyx_t_2);
+      if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 127, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 135, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
-    __Pyx_GOTREF(__pyx_t_3);
-    if ((likely(PyTuple_CheckExact(__pyx_t_3))) || (PyList_CheckExact(__pyx_t_3))) {
-      PyObject* sequence = __pyx_t_3;
+    __Pyx_GOTREF(__pyx_t_1);
+    if ((likely(PyTuple_CheckExact(__pyx_t_1))) || (PyList_CheckExact(__pyx_t_1))) {
+      PyObject* sequence = __pyx_t_1;
       Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 127, __pyx_L1_error)
+        __PYX_ERR(0, 135, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
-        __pyx_t_8 = PyTuple_GET_ITEM(sequence, 0);
+        __pyx_t_6 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_6);
+        __pyx_t_7 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_7);
+        __pyx_t_8 = PyTuple_GET_ITEM(sequence, 2);
         __Pyx_INCREF(__pyx_t_8);
-        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 1);
+        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 3);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = PyTuple_GET_ITEM(sequence, 2);
+        __pyx_t_10 = PyTuple_GET_ITEM(sequence, 4);
         __Pyx_INCREF(__pyx_t_10);
-        __pyx_t_11 = PyTuple_GET_ITEM(sequence, 3);
+        __pyx_t_11 = PyTuple_GET_ITEM(sequence, 5);
         __Pyx_INCREF(__pyx_t_11);
-        __pyx_t_12 = PyTuple_GET_ITEM(sequence, 4);
+        __pyx_t_12 = PyTuple_GET_ITEM(sequence, 6);
         __Pyx_INCREF(__pyx_t_12);
-        __pyx_t_13 = PyTuple_GET_ITEM(sequence, 5);
-        __Pyx_INCREF(__pyx_t_13);
-        __pyx_t_14 = PyTuple_GET_ITEM(sequence, 6);
-        __Pyx_INCREF(__pyx_t_14);
       } else {
-        __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 135, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_6);
+        __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_7);
+        __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 135, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
-        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 135, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 135, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
-        __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 135, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
-        __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 127, __pyx_L1_error)
+        __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 135, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
-        __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 127, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_13);
-        __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 127, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_14);
       }
       #else
       {
         Py_ssize_t i;
-        PyObject** temps[7] = {&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13,&__pyx_t_14};
+        PyObject** temps[7] = {&__pyx_t_6,&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 127, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 135, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
       }
       #endif
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     } else {
       Py_ssize_t index = -1;
-      PyObject** temps[7] = {&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13,&__pyx_t_14};
-      __pyx_t_15 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 127, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_15);
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __pyx_t_16 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
+      PyObject** temps[7] = {&__pyx_t_6,&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12};
+      __pyx_t_13 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_13);
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+      __pyx_t_14 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_13);
       for (index=0; index < 7; index++) {
-        PyObject* item = __pyx_t_16(__pyx_t_15); if (unlikely(!item)) goto __pyx_L6_unpacking_failed;
+        PyObject* item = __pyx_t_14(__pyx_t_13); if (unlikely(!item)) goto __pyx_L5_unpacking_failed;
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_16(__pyx_t_15), 7) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
-      __pyx_t_16 = NULL;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      goto __pyx_L7_unpacking_done;
-      __pyx_L6_unpacking_failed:;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __pyx_t_16 = NULL;
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_14(__pyx_t_13), 7) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
+      __pyx_t_14 = NULL;
+      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+      goto __pyx_L6_unpacking_done;
+      __pyx_L5_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+      __pyx_t_14 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 127, __pyx_L1_error)
-      __pyx_L7_unpacking_done:;
+      __PYX_ERR(0, 135, __pyx_L1_error)
+      __pyx_L6_unpacking_done:;
     }
-    __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_8);
+    __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_6);
+    __pyx_t_6 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_epoch, __pyx_t_7);
+    __pyx_t_7 = 0;
+    __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_8);
     __pyx_t_8 = 0;
-    __Pyx_XDECREF_SET(__pyx_v_epoch, __pyx_t_9);
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_9);
     __pyx_t_9 = 0;
-    __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_10);
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_10);
     __pyx_t_10 = 0;
-    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_11);
+    __Pyx_XDECREF_SET(__pyx_v_process, __pyx_t_11);
     __pyx_t_11 = 0;
-    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_12);
+    __Pyx_XDECREF_SET(__pyx_v_words, __pyx_t_12);
     __pyx_t_12 = 0;
-    __Pyx_XDECREF_SET(__pyx_v_process, __pyx_t_13);
-    __pyx_t_13 = 0;
-    __Pyx_XDECREF_SET(__pyx_v_words, __pyx_t_14);
-    __pyx_t_14 = 0;
 
-    /* "ivshmem/channel/records.pyx":128
+    /* "ivshmem/channel/records.pyx":136
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"             # <<<<<<<<<<<<<<
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]
 */
-    __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_12 = __Pyx_PyObject_CallOneArg(__pyx_t_13, __pyx_v_words); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 128, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_12), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_place;
-    __pyx_t_17[1] = __pyx_t_3;
-    __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_process;
-    __pyx_t_17[3] = __pyx_t_14;
-    __pyx_t_17[4] = __pyx_mstate_global->__pyx_kp_u__2;
-    __pyx_t_17[5] = __pyx_t_13;
-    __pyx_t_17[6] = __pyx_mstate_global->__pyx_kp_u__3;
-    __pyx_t_18 = 19;
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_10 = __Pyx_PyObject_CallOneArg(__pyx_t_11, __pyx_v_words); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_10), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_place;
+    __pyx_t_15[1] = __pyx_t_1;
+    __pyx_t_15[2] = __pyx_mstate_global->__pyx_kp_u_process;
+    __pyx_t_15[3] = __pyx_t_12;
+    __pyx_t_15[4] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_15[5] = __pyx_t_11;
+    __pyx_t_15[6] = __pyx_mstate_global->__pyx_kp_u__3;
+    __pyx_t_16 = 19;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_18 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[5]);
+    __pyx_t_16 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[5]);
     #endif
-    __pyx_t_19 = 0;
+    __pyx_t_17 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
+    __pyx_t_17 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[5]);
     #endif
-    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 128, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    if (unlikely((PyDict_SetItem(__pyx_v_names, __pyx_v_index, __pyx_t_12) < 0))) __PYX_ERR(0, 128, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_15, 7, __pyx_t_16, __pyx_t_17);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    if (unlikely((PyDict_SetItem(__pyx_v_names, __pyx_v_index, __pyx_t_10) < 0))) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
-    /* "ivshmem/channel/records.pyx":129
+    /* "ivshmem/channel/records.pyx":137
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
  *             by = names[index]
- *     found = f", made by {by}"
+ *     return by, names
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.index); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 129, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_1 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_12, Py_EQ); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 129, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    if (__pyx_t_1) {
+    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    if (__pyx_t_19) {
 
     } else {
 
-      __pyx_t_2 = __pyx_t_1;
+      __pyx_t_18 = __pyx_t_19;
 
-      goto __pyx_L9_bool_binop_done;
+      goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.epoch); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 129, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_1 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_12, Py_EQ); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 129, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.epoch); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
-    __pyx_t_2 = __pyx_t_1;
+    __pyx_t_18 = __pyx_t_19;
 
-    __pyx_L9_bool_binop_done:;
-    if (__pyx_t_2) {
+    __pyx_L8_bool_binop_done:;
+    if (__pyx_t_18) {
 
 
-      /* "ivshmem/channel/records.pyx":130
+      /* "ivshmem/channel/records.pyx":138
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]             # <<<<<<<<<<<<<<
- *     found = f", made by {by}"
- *     ends = usage(membership, &record)
+ *     return by, names
+ * 
 */
-      __pyx_t_12 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_v_index); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 130, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_12);
-      __Pyx_DECREF_SET(__pyx_v_by, __pyx_t_12);
-      __pyx_t_12 = 0;
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_v_index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 138, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __Pyx_DECREF_SET(__pyx_v_by, __pyx_t_10);
+      __pyx_t_10 = 0;
 
-      /* "ivshmem/channel/records.pyx":129
+      /* "ivshmem/channel/records.pyx":137
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
  *             by = names[index]
- *     found = f", made by {by}"
+ *     return by, names
 */
     }
 
-    /* "ivshmem/channel/records.pyx":127
+    /* "ivshmem/channel/records.pyx":135
  *     names = {}
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
@@ -7659,47 +7854,490 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
  *         if index == maker.index and epoch == maker.epoch:
 */
   }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":131
+  /* "ivshmem/channel/records.pyx":139
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]
+ *     return by, names             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 139, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_by);
+  __Pyx_GIVEREF(__pyx_v_by);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_by) != (0)) __PYX_ERR(0, 139, __pyx_L1_error);
+  __Pyx_INCREF(__pyx_v_names);
+  __Pyx_GIVEREF(__pyx_v_names);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_v_names) != (0)) __PYX_ERR(0, 139, __pyx_L1_error);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = ((PyObject*)__pyx_t_2);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":130
+ * 
+ * 
+ * cdef tuple maker_of(Membership membership, uint64_t state):             # <<<<<<<<<<<<<<
+ *     """Return who made, or makes, a record, and the names of all places by number."""
+ *     cdef ivshmem_place maker = ivshmem_place_of(state)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_AddTraceback("ivshmem.channel.records.maker_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  __Pyx_XDECREF(__pyx_v_names);
+  __Pyx_XDECREF(__pyx_v_by);
+  __Pyx_XDECREF(__pyx_v_index);
+  __Pyx_XDECREF(__pyx_v_epoch);
+  __Pyx_XDECREF(__pyx_v__);
+  __Pyx_XDECREF(__pyx_v_process);
+  __Pyx_XDECREF(__pyx_v_words);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":142
+ * 
+ * 
+ * cdef str who_makes(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Say which process is making a channel, and whether it is at work."""
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
+  char __pyx_v_padded[IVSHMEM_CHANNEL_NAME];
+  struct ivshmem_place __pyx_v_maker;
+  uint64_t __pyx_v_state;
+  unsigned int __pyx_v_i;
+  PyObject *__pyx_v_found = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  uint32_t __pyx_t_2;
+  uint32_t __pyx_t_3;
+  unsigned int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[3];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("who_makes", 0);
+
+  /* "ivshmem/channel/records.pyx":148
+ *     cdef uint64_t state
+ *     cdef unsigned i
+ *     pad(name, padded)             # <<<<<<<<<<<<<<
+ *     for i in range(membership.member.area.records):
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/records.pyx":149
+ *     cdef unsigned i
+ *     pad(name, padded)
+ *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:
+*/
+
+  __pyx_t_2 = __pyx_v_membership->member.area.records;
+  __pyx_t_3 = __pyx_t_2;
+
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v_i = __pyx_t_4;
+
+    /* "ivshmem/channel/records.pyx":150
+ *     pad(name, padded)
+ *     for i in range(membership.member.area.records):
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)             # <<<<<<<<<<<<<<
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:
+ *             continue
+*/
+    __pyx_v_state = ivshmem_record_holds((&__pyx_v_membership->member.area), __pyx_v_i, __pyx_v_padded);
+
+    /* "ivshmem/channel/records.pyx":151
+ *     for i in range(membership.member.area.records):
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:             # <<<<<<<<<<<<<<
+ *             continue
+ *         maker = ivshmem_place_of(state)
+*/
+    __pyx_t_1 = (ivshmem_flags(__pyx_v_state) != IVSHMEM_MAKING);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/records.pyx":152
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:
+ *             continue             # <<<<<<<<<<<<<<
+ *         maker = ivshmem_place_of(state)
+ *         found = f", which {maker_of(membership, state)[0]} is just making"
+*/
+      goto __pyx_L3_continue;
+
+      /* "ivshmem/channel/records.pyx":151
+ *     for i in range(membership.member.area.records):
+ *         state = ivshmem_record_holds(&membership.member.area, i, padded)
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:             # <<<<<<<<<<<<<<
+ *             continue
+ *         maker = ivshmem_place_of(state)
+*/
+    }
+
+    /* "ivshmem/channel/records.pyx":153
+ *         if ivshmem_flags(state) != IVSHMEM_MAKING:
+ *             continue
+ *         maker = ivshmem_place_of(state)             # <<<<<<<<<<<<<<
+ *         found = f", which {maker_of(membership, state)[0]} is just making"
+ *         if membership.is_silent(maker):
+*/
+    __pyx_v_maker = ivshmem_place_of(__pyx_v_state);
+
+    /* "ivshmem/channel/records.pyx":154
+ *             continue
+ *         maker = ivshmem_place_of(state)
+ *         found = f", which {maker_of(membership, state)[0]} is just making"             # <<<<<<<<<<<<<<
+ *         if membership.is_silent(maker):
+ *             found += (
+*/
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_state); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    if (unlikely(__pyx_t_5 == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+      __PYX_ERR(0, 154, __pyx_L1_error)
+    }
+    __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_t_5, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_which;
+    __pyx_t_7[1] = __pyx_t_5;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_is_just_making;
+    __pyx_t_8 = 23;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
+    #endif
+    __pyx_t_9 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
+    #endif
+    __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_v_found = ((PyObject*)__pyx_t_6);
+    __pyx_t_6 = 0;
+
+    /* "ivshmem/channel/records.pyx":155
+ *         maker = ivshmem_place_of(state)
+ *         found = f", which {maker_of(membership, state)[0]} is just making"
+ *         if membership.is_silent(maker):             # <<<<<<<<<<<<<<
+ *             found += (
+ *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_maker); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/records.pyx":158
+ *             found += (
+ *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+ *                 f" {maker.index}` ends that"             # <<<<<<<<<<<<<<
+ *             )
+ *         return found
+*/
+      __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_maker.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 158, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_it_shows_no_sign_of_life_if_it;
+      __pyx_t_7[1] = __pyx_t_6;
+      __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_ends_that;
+
+      /* "ivshmem/channel/records.pyx":157
+ *         if membership.is_silent(maker):
+ *             found += (
+ *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"             # <<<<<<<<<<<<<<
+ *                 f" {maker.index}` ends that"
+ *             )
+*/
+      __pyx_t_8 = 95;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
+      #endif
+      __pyx_t_9 = 0;
+      __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 157, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+
+      /* "ivshmem/channel/records.pyx":156
+ *         found = f", which {maker_of(membership, state)[0]} is just making"
+ *         if membership.is_silent(maker):
+ *             found += (             # <<<<<<<<<<<<<<
+ *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+ *                 f" {maker.index}` ends that"
+*/
+      __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_v_found, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 156, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF_SET(__pyx_v_found, ((PyObject*)__pyx_t_6));
+      __pyx_t_6 = 0;
+
+      /* "ivshmem/channel/records.pyx":155
+ *         maker = ivshmem_place_of(state)
+ *         found = f", which {maker_of(membership, state)[0]} is just making"
+ *         if membership.is_silent(maker):             # <<<<<<<<<<<<<<
+ *             found += (
+ *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+*/
+    }
+
+    /* "ivshmem/channel/records.pyx":160
+ *                 f" {maker.index}` ends that"
+ *             )
+ *         return found             # <<<<<<<<<<<<<<
+ *     return ", which another process was just making"
+ * 
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_v_found);
+        __pyx_r = __pyx_v_found;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+    __pyx_L3_continue:;
+  }
+
+
+  /* "ivshmem/channel/records.pyx":161
+ *             )
+ *         return found
+ *     return ", which another process was just making"             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_which_another_process_was_just);
+      __pyx_r = __pyx_mstate_global->__pyx_kp_u_which_another_process_was_just;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":142
+ * 
+ * 
+ * cdef str who_makes(Membership membership, str name):             # <<<<<<<<<<<<<<
+ *     """Say which process is making a channel, and whether it is at work."""
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_AddTraceback("ivshmem.channel.records.who_makes", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+
+  __Pyx_XDECREF(__pyx_v_found);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":164
+ * 
+ * 
+ * cdef str whose(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     by, names = maker_of(membership, record.state)
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, struct ivshmem_record *__pyx_v_record) {
+  PyObject *__pyx_v_by = NULL;
+  PyObject *__pyx_v_names = NULL;
+  PyObject *__pyx_v_name = NULL;
+  PyObject *__pyx_v_found = NULL;
+  PyObject *__pyx_v_ends = NULL;
+  PyObject *__pyx_v_users = NULL;
+  PyObject *__pyx_8genexpr1__pyx_v_end = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  Py_ssize_t __pyx_t_6;
+  PyObject *(*__pyx_t_7)(PyObject *);
+  int __pyx_t_8;
+  int __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11[3];
+  int __pyx_t_12;
+  int __pyx_t_13;
+  PyObject *__pyx_t_14[4];
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("whose", 0);
+
+  /* "ivshmem/channel/records.pyx":166
+ * cdef str whose(Membership membership, ivshmem_record *record):
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     by, names = maker_of(membership, record.state)             # <<<<<<<<<<<<<<
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     found = f", made by {by}"
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record->state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  if (likely(__pyx_t_1 != Py_None)) {
+    PyObject* sequence = __pyx_t_1;
+    Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(sequence);
+    if (unlikely(size != 2)) {
+      if (size > 2) __Pyx_RaiseTooManyValuesError(2);
+      else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
+      __PYX_ERR(0, 166, __pyx_L1_error)
+    }
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    __pyx_t_2 = PyTuple_GET_ITEM(sequence, 0);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = PyTuple_GET_ITEM(sequence, 1);
+    __Pyx_INCREF(__pyx_t_3);
+    #else
+    __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    #endif
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  } else {
+    __Pyx_RaiseNoneNotIterableError(); __PYX_ERR(0, 166, __pyx_L1_error)
+  }
+  __pyx_v_by = __pyx_t_2;
+  __pyx_t_2 = 0;
+  __pyx_v_names = __pyx_t_3;
+  __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/records.pyx":167
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     by, names = maker_of(membership, record.state)
+ *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
+ *     found = f", made by {by}"
+ *     ends = usage(membership, record)
+*/
+  __pyx_t_2 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __pyx_t_2;
+  __Pyx_INCREF(__pyx_t_3);
+  #if CYTHON_VECTORCALL
+  #endif
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_n_u_replace};
+    #if CYTHON_VECTORCALL
+    __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_5);
+    #else
+    {
+      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+      __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+    }
+    #endif
+    __pyx_t_1 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_5);
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    #if CYTHON_VECTORCALL
+    #endif
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_v_name = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/records.pyx":168
+ *     by, names = maker_of(membership, record.state)
+ *     name = (<bytes>record.name).decode(errors="replace")
  *     found = f", made by {by}"             # <<<<<<<<<<<<<<
- *     ends = usage(membership, &record)
+ *     ends = usage(membership, record)
  *     users = {
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_by, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_12 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_made_by, __pyx_t_4); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 131, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_v_found = ((PyObject*)__pyx_t_12);
-  __pyx_t_12 = 0;
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_by, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_made_by, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_found = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":132
- *             by = names[index]
+  /* "ivshmem/channel/records.pyx":169
+ *     name = (<bytes>record.name).decode(errors="replace")
  *     found = f", made by {by}"
- *     ends = usage(membership, &record)             # <<<<<<<<<<<<<<
+ *     ends = usage(membership, record)             # <<<<<<<<<<<<<<
  *     users = {
  *         names[end[1]]
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 132, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __pyx_v_ends = ((PyObject*)__pyx_t_12);
-  __pyx_t_12 = 0;
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, __pyx_v_record); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_v_ends = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":133
+  /* "ivshmem/channel/records.pyx":170
  *     found = f", made by {by}"
- *     ends = usage(membership, &record)
+ *     ends = usage(membership, record)
  *     users = {             # <<<<<<<<<<<<<<
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]
 */
   { /* enter inner scope */
-    __pyx_t_12 = PySet_New(NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 133, __pyx_L14_error)
-    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_2 = PySet_New(NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/records.pyx":135
+    /* "ivshmem/channel/records.pyx":172
  *     users = {
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
@@ -7708,119 +8346,119 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
     if (unlikely(__pyx_v_ends == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 135, __pyx_L14_error)
+      __PYX_ERR(0, 172, __pyx_L5_error)
     }
-    __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L14_error)
-    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_ends == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 135, __pyx_L14_error)
+      __PYX_ERR(0, 172, __pyx_L5_error)
     }
-    __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L14_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyNumber_Add_object_object(__pyx_t_4, __pyx_t_13); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 135, __pyx_L14_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    if (likely(PyList_CheckExact(__pyx_t_14)) || PyTuple_CheckExact(__pyx_t_14)) {
-      __pyx_t_13 = __pyx_t_14; __Pyx_INCREF(__pyx_t_13);
+    __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_3 = __Pyx_PyNumber_Add_object_object(__pyx_t_1, __pyx_t_5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (likely(PyList_CheckExact(__pyx_t_3)) || PyTuple_CheckExact(__pyx_t_3)) {
+      __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
       __pyx_t_6 = 0;
       __pyx_t_7 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_13 = PyObject_GetIter(__pyx_t_14); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L14_error)
-      __Pyx_GOTREF(__pyx_t_13);
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_13); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L14_error)
+      __pyx_t_6 = -1; __pyx_t_5 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_5); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 172, __pyx_L5_error)
     }
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     for (;;) {
       if (likely(!__pyx_t_7)) {
-        if (likely(PyList_CheckExact(__pyx_t_13))) {
+        if (likely(PyList_CheckExact(__pyx_t_5))) {
           {
-            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_13);
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 172, __pyx_L5_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
-          __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_13, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
+          __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_6;
         } else {
           {
-            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_13);
+            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_5);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 172, __pyx_L5_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
           #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-          __pyx_t_14 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_13, __pyx_t_6));
+          __pyx_t_3 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_5, __pyx_t_6));
           #else
-          __pyx_t_14 = __Pyx_PySequence_ITEM(__pyx_t_13, __pyx_t_6);
+          __pyx_t_3 = __Pyx_PySequence_ITEM(__pyx_t_5, __pyx_t_6);
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 135, __pyx_L14_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L5_error)
       } else {
-        __pyx_t_14 = __pyx_t_7(__pyx_t_13);
-        if (unlikely(!__pyx_t_14)) {
+        __pyx_t_3 = __pyx_t_7(__pyx_t_5);
+        if (unlikely(!__pyx_t_3)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 135, __pyx_L14_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 172, __pyx_L5_error)
             PyErr_Clear();
           }
           break;
         }
       }
-      __Pyx_GOTREF(__pyx_t_14);
-      __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_14);
-      __pyx_t_14 = 0;
+      __Pyx_GOTREF(__pyx_t_3);
+      __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
+      __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/records.pyx":136
+      /* "ivshmem/channel/records.pyx":173
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
  *     }
  *     users.discard(by)
 */
-      __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 136, __pyx_L14_error)
-      __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_1 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_gone, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 136, __pyx_L14_error)
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (__pyx_t_1) {
+      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_gone, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 173, __pyx_L5_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (__pyx_t_9) {
 
       } else {
 
-        __pyx_t_2 = __pyx_t_1;
+        __pyx_t_8 = __pyx_t_9;
 
-        goto __pyx_L18_bool_binop_done;
+        goto __pyx_L9_bool_binop_done;
       }
-      __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 136, __pyx_L14_error)
-      __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_1 = (__Pyx_PyDict_ContainsTF(__pyx_t_14, __pyx_v_names, Py_EQ)); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 136, __pyx_L14_error)
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_t_3, __pyx_v_names, Py_EQ)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 173, __pyx_L5_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      __pyx_t_2 = __pyx_t_1;
+      __pyx_t_8 = __pyx_t_9;
 
-      __pyx_L18_bool_binop_done:;
-      if (__pyx_t_2) {
+      __pyx_L9_bool_binop_done:;
+      if (__pyx_t_8) {
 
 
-        /* "ivshmem/channel/records.pyx":134
- *     ends = usage(membership, &record)
+        /* "ivshmem/channel/records.pyx":171
+ *     ends = usage(membership, record)
  *     users = {
  *         names[end[1]]             # <<<<<<<<<<<<<<
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names
 */
-        __pyx_t_14 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 134, __pyx_L14_error)
-        __Pyx_GOTREF(__pyx_t_14);
-        __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_t_14); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L14_error)
-        __Pyx_GOTREF(__pyx_t_4);
-        __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-        if (unlikely(PySet_Add(__pyx_t_12, __pyx_t_4))) __PYX_ERR(0, 134, __pyx_L14_error)
-        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L5_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_1 = __Pyx_PyObject_GetItem(__pyx_v_names, __pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L5_error)
+        __Pyx_GOTREF(__pyx_t_1);
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(PySet_Add(__pyx_t_2, __pyx_t_1))) __PYX_ERR(0, 171, __pyx_L5_error)
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/records.pyx":136
+        /* "ivshmem/channel/records.pyx":173
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
@@ -7829,7 +8467,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":135
+      /* "ivshmem/channel/records.pyx":172
  *     users = {
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
@@ -7837,28 +8475,28 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
  *     }
 */
     }
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_end); __pyx_8genexpr1__pyx_v_end = 0;
-    goto __pyx_L21_exit_scope;
-    __pyx_L14_error:;
+    goto __pyx_L12_exit_scope;
+    __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_8genexpr1__pyx_v_end); __pyx_8genexpr1__pyx_v_end = 0;
     goto __pyx_L1_error;
-    __pyx_L21_exit_scope:;
+    __pyx_L12_exit_scope:;
   } /* exit inner scope */
-  __pyx_v_users = ((PyObject*)__pyx_t_12);
-  __pyx_t_12 = 0;
+  __pyx_v_users = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":138
+  /* "ivshmem/channel/records.pyx":175
  *         if end[2] != "gone" and end[1] in names
  *     }
  *     users.discard(by)             # <<<<<<<<<<<<<<
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
 */
-  __pyx_t_20 = __Pyx_PySet_Discard(__pyx_v_users, __pyx_v_by); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PySet_Discard(__pyx_v_users, __pyx_v_by); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":139
+  /* "ivshmem/channel/records.pyx":176
  *     }
  *     users.discard(by)
  *     if users:             # <<<<<<<<<<<<<<
@@ -7867,53 +8505,53 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PySet_GET_SIZE(__pyx_v_users);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 139, __pyx_L1_error)
-    __pyx_t_2 = (__pyx_temp != 0);
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 176, __pyx_L1_error)
+    __pyx_t_8 = (__pyx_temp != 0);
   }
 
-  if (__pyx_t_2) {
+  if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/records.pyx":140
+    /* "ivshmem/channel/records.pyx":177
  *     users.discard(by)
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"             # <<<<<<<<<<<<<<
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
 */
-    __pyx_t_12 = PySequence_List(__pyx_v_users); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 140, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    if (unlikely((PyList_Sort(__pyx_t_12) < 0))) __PYX_ERR(0, 140, __pyx_L1_error)
-    __pyx_t_13 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__2, __pyx_t_12); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 140, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_21[0] = __pyx_v_found;
-    __pyx_t_21[1] = __pyx_mstate_global->__pyx_kp_u_used_by;
-    __pyx_t_21[2] = __pyx_t_13;
+    __pyx_t_2 = PySequence_List(__pyx_v_users); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    if (unlikely((PyList_Sort(__pyx_t_2) < 0))) __PYX_ERR(0, 177, __pyx_L1_error)
+    __pyx_t_5 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__2, __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_11[0] = __pyx_v_found;
+    __pyx_t_11[1] = __pyx_mstate_global->__pyx_kp_u_used_by;
+    __pyx_t_11[2] = __pyx_t_5;
     __pyx_t_6 = 10;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_21[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_21[2]);
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[2]);
     #endif
-    __pyx_t_19 = 0;
+    __pyx_t_12 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_21[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_21[2]);
+    __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[2]);
     #endif
-    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_21, 3, __pyx_t_6, __pyx_t_19);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 140, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __pyx_t_2 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_6, __pyx_t_12);
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     {
       PyObject *__pyx_temp;
       {
         __pyx_temp = __pyx_r;
-        __pyx_r = ((PyObject*)__pyx_t_12);
+        __pyx_r = ((PyObject*)__pyx_t_2);
       }
       __Pyx_XDECREF(__pyx_temp);
     }
-    __pyx_t_12 = 0;
+    __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":139
+    /* "ivshmem/channel/records.pyx":176
  *     }
  *     users.discard(by)
  *     if users:             # <<<<<<<<<<<<<<
@@ -7922,86 +8560,94 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":141
+  /* "ivshmem/channel/records.pyx":178
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
  *     return found
 */
-  __pyx_t_12 = __Pyx_PyDict_Values(__pyx_v_names); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_1 = (__Pyx_PySequence_ContainsTF(__pyx_v_by, __pyx_t_12, Py_NE)); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 141, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-  if (__pyx_t_1) {
+  __pyx_t_5 = __pyx_v_names;
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
+    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_values, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_v_by, __pyx_t_2, Py_NE)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__pyx_t_9) {
 
   } else {
 
-    __pyx_t_2 = __pyx_t_1;
+    __pyx_t_8 = __pyx_t_9;
 
-    goto __pyx_L24_bool_binop_done;
+    goto __pyx_L15_bool_binop_done;
   }
   if (unlikely(__pyx_v_ends == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 141, __pyx_L1_error)
+    __PYX_ERR(0, 178, __pyx_L1_error)
   }
-  __pyx_t_12 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_connections); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_12); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 141, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-  __pyx_t_22 = (!__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_connections); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_13 = (!__pyx_t_9);
 
 
 
-  __pyx_t_2 = __pyx_t_22;
+  __pyx_t_8 = __pyx_t_13;
 
-  __pyx_L24_bool_binop_done:;
-  if (__pyx_t_2) {
+  __pyx_L15_bool_binop_done:;
+  if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/records.pyx":142
+    /* "ivshmem/channel/records.pyx":179
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_quoted); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_t_13, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_23[0] = __pyx_v_found;
-    __pyx_t_23[1] = __pyx_mstate_global->__pyx_kp_u_used_by_nobody_ivshmem_channel;
-    __pyx_t_23[2] = __pyx_t_12;
-    __pyx_t_23[3] = __pyx_mstate_global->__pyx_kp_u_removes_it;
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_quoted); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_5 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_14[0] = __pyx_v_found;
+    __pyx_t_14[1] = __pyx_mstate_global->__pyx_kp_u_used_by_nobody_ivshmem_channel;
+    __pyx_t_14[2] = __pyx_t_2;
+    __pyx_t_14[3] = __pyx_mstate_global->__pyx_kp_u_removes_it;
     __pyx_t_6 = 50;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_23[2]);
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_14[2]);
     #endif
-    __pyx_t_19 = 0;
+    __pyx_t_12 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[2]);
+    __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[2]);
     #endif
-    __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_23, 4, __pyx_t_6, __pyx_t_19);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_14, 4, __pyx_t_6, __pyx_t_12);
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
       PyObject *__pyx_temp;
       {
         __pyx_temp = __pyx_r;
-        __pyx_r = ((PyObject*)__pyx_t_13);
+        __pyx_r = ((PyObject*)__pyx_t_5);
       }
       __Pyx_XDECREF(__pyx_temp);
     }
-    __pyx_t_13 = 0;
+    __pyx_t_5 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":141
+    /* "ivshmem/channel/records.pyx":178
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
@@ -8010,7 +8656,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":143
+  /* "ivshmem/channel/records.pyx":180
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
  *     return found             # <<<<<<<<<<<<<<
@@ -8028,38 +8674,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":118
+  /* "ivshmem/channel/records.pyx":164
  * 
  * 
- * cdef str whose(Membership membership, str name):             # <<<<<<<<<<<<<<
+ * cdef str whose(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
  *     """Say who made a channel and who uses it, as far as the memory tells."""
- *     cdef ivshmem_record record
+ *     by, names = maker_of(membership, record.state)
 */
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_15);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.records.whose", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
-
-
-  __Pyx_XDECREF(__pyx_v_names);
   __Pyx_XDECREF(__pyx_v_by);
-  __Pyx_XDECREF(__pyx_v_index);
-  __Pyx_XDECREF(__pyx_v_epoch);
-  __Pyx_XDECREF(__pyx_v__);
-  __Pyx_XDECREF(__pyx_v_process);
-  __Pyx_XDECREF(__pyx_v_words);
+  __Pyx_XDECREF(__pyx_v_names);
+  __Pyx_XDECREF(__pyx_v_name);
   __Pyx_XDECREF(__pyx_v_found);
   __Pyx_XDECREF(__pyx_v_ends);
   __Pyx_XDECREF(__pyx_v_users);
@@ -8070,7 +8704,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":154
+/* "ivshmem/channel/records.pyx":191
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -8090,7 +8724,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject 
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 154, __pyx_L1_error)
+    __PYX_ERR(0, 191, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8101,7 +8735,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject 
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_of_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_of_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8144,15 +8778,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 154, __pyx_L1_error)
+    __PYX_ERR(0, 191, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 154, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 191, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 154, __pyx_L1_error)
+    __PYX_ERR(0, 191, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8160,7 +8794,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 154, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -8171,12 +8805,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -8203,7 +8837,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 154, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 191, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8231,7 +8865,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":146
+/* "ivshmem/channel/records.pyx":183
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8267,12 +8901,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 146, __pyx_L1_error)
+    __PYX_ERR(0, 183, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":148
+  /* "ivshmem/channel/records.pyx":185
  * cdef dict facts_of(ivshmem_record *record):
  *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry             # <<<<<<<<<<<<<<
@@ -8283,40 +8917,40 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
 
   __pyx_cur_scope->__pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":150
+  /* "ivshmem/channel/records.pyx":187
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":151
+  /* "ivshmem/channel/records.pyx":188
  *     return {
  *         "index": record.index,
  *         "state": record.state,             # <<<<<<<<<<<<<<
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":152
+  /* "ivshmem/channel/records.pyx":189
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -8327,13 +8961,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -8343,14 +8977,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 152, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":153
+  /* "ivshmem/channel/records.pyx":190
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
@@ -8358,12 +8992,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8383,50 +9017,50 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":154
+  /* "ivshmem/channel/records.pyx":191
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_2 = __pyx_t_3;
   __pyx_t_3 = 0;
   { /* enter inner scope */
 
-    /* "ivshmem/channel/records.pyx":155
+    /* "ivshmem/channel/records.pyx":192
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L5_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_9 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L5_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 155, __pyx_L5_error)
+      __PYX_ERR(0, 192, __pyx_L5_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -8435,24 +9069,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     while (1) {
       __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
       if (unlikely(__pyx_t_12 == 0)) break;
-      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 155, __pyx_L5_error)
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_name, __pyx_t_8);
       __pyx_t_8 = 0;
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_bit, __pyx_t_5);
       __pyx_t_5 = 0;
-      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L5_error)
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 155, __pyx_L5_error)
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
 
-      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 155, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 192, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -8467,102 +9101,102 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   } /* exit inner scope */
   if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
     if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
-    __PYX_ERR(0, 155, __pyx_L1_error)
+    __PYX_ERR(0, 192, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":156
+  /* "ivshmem/channel/records.pyx":193
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":157
+  /* "ivshmem/channel/records.pyx":194
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
  *         "loans": g.loans,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":158
+  /* "ivshmem/channel/records.pyx":195
  *         "writers": g.writers,
  *         "readers": g.readers,
  *         "slots": g.slots,             # <<<<<<<<<<<<<<
  *         "loans": g.loans,
  *         "views": g.views,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":159
+  /* "ivshmem/channel/records.pyx":196
  *         "readers": g.readers,
  *         "slots": g.slots,
  *         "loans": g.loans,             # <<<<<<<<<<<<<<
  *         "views": g.views,
  *         "limit": g.limit,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":160
+  /* "ivshmem/channel/records.pyx":197
  *         "slots": g.slots,
  *         "loans": g.loans,
  *         "views": g.views,             # <<<<<<<<<<<<<<
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 197, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":161
+  /* "ivshmem/channel/records.pyx":198
  *         "loans": g.loans,
  *         "views": g.views,
  *         "limit": g.limit,             # <<<<<<<<<<<<<<
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":162
+  /* "ivshmem/channel/records.pyx":199
  *         "views": g.views,
  *         "limit": g.limit,
  *         "created": record.created / 1e9,             # <<<<<<<<<<<<<<
  *         "type": (<bytes>record.type).decode(errors="replace"),
  *     }
 */
-  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":163
+  /* "ivshmem/channel/records.pyx":200
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *     }
  * 
 */
-  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 163, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
@@ -8573,13 +9207,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 163, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -8589,11 +9223,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 163, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 163, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 200, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 200, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -8606,7 +9240,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":146
+  /* "ivshmem/channel/records.pyx":183
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8634,7 +9268,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":167
+/* "ivshmem/channel/records.pyx":204
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -8650,7 +9284,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_6find, "Return the facts of the channel of that name.\n\n    Raises:\n        NoSuchChannel: there is none; the message lists the names that are there.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_6find, "Return the facts of the channel of that name.\n\n    Raises:\n        NoSuchChannel: there is none.\n        ChannelCorrupt: its record is spoiled.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_7find = {"find", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_7find, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_6find};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_7find(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -8683,39 +9317,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 167, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 167, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 167, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 204, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 167, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8726,8 +9360,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 167, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 204, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_6find(__pyx_self, __pyx_v_membership, __pyx_v_name);
 
   /* function exit code */
@@ -8749,6 +9383,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name) {
   struct ivshmem_record __pyx_v_record;
+  int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -8762,35 +9397,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find", 0);
 
-  /* "ivshmem/channel/records.pyx":174
- *     """
+  /* "ivshmem/channel/records.pyx":213
  *     cdef ivshmem_record record
+ *     cdef int code
  *     membership.check()             # <<<<<<<<<<<<<<
- *     if find_record(membership, name, &record):
- *         return facts_of(&record)
+ *     code = find_record(membership, name, &record)
+ *     if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":175
- *     cdef ivshmem_record record
+  /* "ivshmem/channel/records.pyx":214
+ *     cdef int code
  *     membership.check()
- *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *     code = find_record(membership, name, &record)             # <<<<<<<<<<<<<<
+ *     if code == 0:
  *         return facts_of(&record)
- *     raise NoSuchChannel(name)
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_2 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_1;
+
+  /* "ivshmem/channel/records.pyx":215
+ *     membership.check()
+ *     code = find_record(membership, name, &record)
+ *     if code == 0:             # <<<<<<<<<<<<<<
+ *         return facts_of(&record)
+ *     if code == IVSHMEM_CORRUPT:
+*/
+  __pyx_t_2 = (__pyx_v_code == 0);
+
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/records.pyx":176
- *     membership.check()
- *     if find_record(membership, name, &record):
+    /* "ivshmem/channel/records.pyx":216
+ *     code = find_record(membership, name, &record)
+ *     if code == 0:
  *         return facts_of(&record)             # <<<<<<<<<<<<<<
- *     raise NoSuchChannel(name)
- * 
+ *     if code == IVSHMEM_CORRUPT:
+ *         raise is_spoiled(&record)
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -8803,24 +9449,58 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":175
- *     cdef ivshmem_record record
+    /* "ivshmem/channel/records.pyx":215
  *     membership.check()
- *     if find_record(membership, name, &record):             # <<<<<<<<<<<<<<
+ *     code = find_record(membership, name, &record)
+ *     if code == 0:             # <<<<<<<<<<<<<<
  *         return facts_of(&record)
+ *     if code == IVSHMEM_CORRUPT:
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":217
+ *     if code == 0:
+ *         return facts_of(&record)
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         raise is_spoiled(&record)
+ *     raise NoSuchChannel(name)
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_CORRUPT);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/records.pyx":218
+ *         return facts_of(&record)
+ *     if code == IVSHMEM_CORRUPT:
+ *         raise is_spoiled(&record)             # <<<<<<<<<<<<<<
+ *     raise NoSuchChannel(name)
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 218, __pyx_L1_error)
+
+    /* "ivshmem/channel/records.pyx":217
+ *     if code == 0:
+ *         return facts_of(&record)
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         raise is_spoiled(&record)
  *     raise NoSuchChannel(name)
 */
   }
 
-  /* "ivshmem/channel/records.pyx":177
- *     if find_record(membership, name, &record):
- *         return facts_of(&record)
+  /* "ivshmem/channel/records.pyx":219
+ *     if code == IVSHMEM_CORRUPT:
+ *         raise is_spoiled(&record)
  *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8839,14 +9519,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 177, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_Raise(__pyx_t_3, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __PYX_ERR(0, 177, __pyx_L1_error)
+  __PYX_ERR(0, 219, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":167
+  /* "ivshmem/channel/records.pyx":204
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -8863,21 +9543,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   __pyx_r = NULL;
   __pyx_L0:;
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":180
+/* "ivshmem/channel/records.pyx":222
  * 
  * 
- * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
- *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ * cdef bint pad(str name, char *padded) except -1:             # <<<<<<<<<<<<<<
+ *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
 */
 
-static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name, struct ivshmem_record *__pyx_v_record) {
-  char __pyx_v_padded[IVSHMEM_CHANNEL_NAME];
+static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *__pyx_v_padded) {
   PyObject *__pyx_v_encoded = 0;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -8891,14 +9571,14 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("find_record", 0);
+  __Pyx_RefNannySetupContext("pad", 0);
 
-  /* "ivshmem/channel/records.pyx":182
- * cdef bint find_record(Membership membership, str name, ivshmem_record *record):
- *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+  /* "ivshmem/channel/records.pyx":224
+ * cdef bint pad(str name, char *padded) except -1:
+ *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
- *         return False
 */
   __pyx_t_2 = __pyx_v_name;
   __Pyx_INCREF(__pyx_t_2);
@@ -8909,13 +9589,13 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -8924,33 +9604,42 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 224, __pyx_L1_error)
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":183
- *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+  /* "ivshmem/channel/records.pyx":225
+ *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *         return False
+*/
+  (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
+
+  /* "ivshmem/channel/records.pyx":226
+ *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         return False
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_5 >= IVSHMEM_CHANNEL_NAME);
 
 
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/records.pyx":184
- *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+    /* "ivshmem/channel/records.pyx":227
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False             # <<<<<<<<<<<<<<
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     memcpy(padded, <const char *>encoded, len(encoded))
+ *     return True
 */
     {
 
@@ -8958,55 +9647,46 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":183
- *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+    /* "ivshmem/channel/records.pyx":226
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+ *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         return False
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+ *     memcpy(padded, <const char *>encoded, len(encoded))
 */
   }
 
-  /* "ivshmem/channel/records.pyx":185
+  /* "ivshmem/channel/records.pyx":228
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
- *     memcpy(padded, <const char *>encoded, len(encoded))
- *     return ivshmem_find(&membership.member.area, padded, record) == 0
-*/
-  (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
-
-  /* "ivshmem/channel/records.pyx":186
- *         return False
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
- *     return ivshmem_find(&membership.member.area, padded, record) == 0
+ *     return True
  * 
 */
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 186, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 186, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
   (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_7), __pyx_t_5));
 
 
 
-  /* "ivshmem/channel/records.pyx":187
- *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+  /* "ivshmem/channel/records.pyx":229
+ *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))
- *     return ivshmem_find(&membership.member.area, padded, record) == 0             # <<<<<<<<<<<<<<
+ *     return True             # <<<<<<<<<<<<<<
  * 
  * 
 */
   {
 
-    __pyx_r = (ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, __pyx_v_record) == 0);
+    __pyx_r = 1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":180
+  /* "ivshmem/channel/records.pyx":222
  * 
  * 
- * cdef bint find_record(Membership membership, str name, ivshmem_record *record):             # <<<<<<<<<<<<<<
- *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ * cdef bint pad(str name, char *padded) except -1:             # <<<<<<<<<<<<<<
+ *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
 */
 
@@ -9015,17 +9695,604 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.records.find_record", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.records.pad", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
-
   __Pyx_XDECREF(__pyx_v_encoded);
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":190
+/* "ivshmem/channel/records.pyx":232
+ * 
+ * 
+ * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:             # <<<<<<<<<<<<<<
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     if not pad(name, padded):
+*/
+
+static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_name, struct ivshmem_record *__pyx_v_record) {
+  char __pyx_v_padded[IVSHMEM_CHANNEL_NAME];
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/records.pyx":234
+ * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     if not pad(name, padded):             # <<<<<<<<<<<<<<
+ *         return IVSHMEM_NOT_FOUND
+ *     return ivshmem_find(&membership.member.area, padded, record)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_2 = (!__pyx_t_1);
+
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/records.pyx":235
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     if not pad(name, padded):
+ *         return IVSHMEM_NOT_FOUND             # <<<<<<<<<<<<<<
+ *     return ivshmem_find(&membership.member.area, padded, record)
+ * 
+*/
+    {
+
+      __pyx_r = IVSHMEM_NOT_FOUND;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/records.pyx":234
+ * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     if not pad(name, padded):             # <<<<<<<<<<<<<<
+ *         return IVSHMEM_NOT_FOUND
+ *     return ivshmem_find(&membership.member.area, padded, record)
+*/
+  }
+
+  /* "ivshmem/channel/records.pyx":236
+ *     if not pad(name, padded):
+ *         return IVSHMEM_NOT_FOUND
+ *     return ivshmem_find(&membership.member.area, padded, record)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ivshmem_find((&__pyx_v_membership->member.area), __pyx_v_padded, __pyx_v_record);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":232
+ * 
+ * 
+ * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:             # <<<<<<<<<<<<<<
+ *     cdef char padded[IVSHMEM_CHANNEL_NAME]
+ *     if not pad(name, padded):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.records.find_record", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":239
+ * 
+ * 
+ * cdef object is_spoiled(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     return ChannelCorrupt(
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_record *__pyx_v_record) {
+  PyObject *__pyx_v_name = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[7];
+  Py_ssize_t __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("is_spoiled", 0);
+
+  /* "ivshmem/channel/records.pyx":240
+ * 
+ * cdef object is_spoiled(ivshmem_record *record):
+ *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
+ *     return ChannelCorrupt(
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
+*/
+  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_2 = __pyx_t_3;
+  __Pyx_INCREF(__pyx_t_2);
+  #if CYTHON_VECTORCALL
+  #endif
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_replace};
+    #if CYTHON_VECTORCALL
+    __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_5);
+    #else
+    {
+      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+      __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+    }
+    #endif
+    __pyx_t_1 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_5);
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    #if CYTHON_VECTORCALL
+    #endif
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_v_name = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/records.pyx":241
+ * cdef object is_spoiled(ivshmem_record *record):
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     return ChannelCorrupt(             # <<<<<<<<<<<<<<
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
+ *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
+*/
+  __pyx_t_3 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 241, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+
+  /* "ivshmem/channel/records.pyx":242
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     return ChannelCorrupt(
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"             # <<<<<<<<<<<<<<
+ *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
+ *         f" {record.index} --force` removes it"
+*/
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_6 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_6), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+
+  /* "ivshmem/channel/records.pyx":244
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
+ *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
+ *         f" {record.index} --force` removes it"             # <<<<<<<<<<<<<<
+ *     )
+ * 
+*/
+  __pyx_t_7 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 244, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+  __pyx_t_8[1] = __pyx_t_2;
+  __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_its_record_number;
+  __pyx_t_8[3] = __pyx_t_6;
+  __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_is_spoiled_by_some_process_that;
+  __pyx_t_8[5] = __pyx_t_7;
+  __pyx_t_8[6] = __pyx_mstate_global->__pyx_kp_u_force_removes_it;
+
+  /* "ivshmem/channel/records.pyx":242
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     return ChannelCorrupt(
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"             # <<<<<<<<<<<<<<
+ *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
+ *         f" {record.index} --force` removes it"
+*/
+  __pyx_t_9 = 170;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[5]);
+  #endif
+  __pyx_t_10 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
+  #endif
+  __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 7, __pyx_t_9, __pyx_t_10);
+  if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  __pyx_t_4 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_3);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_4 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_11};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":239
+ * 
+ * 
+ * cdef object is_spoiled(ivshmem_record *record):             # <<<<<<<<<<<<<<
+ *     name = (<bytes>record.name).decode(errors="replace")
+ *     return ChannelCorrupt(
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.records.is_spoiled", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_name);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":248
+ * 
+ * 
+ * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
+ *     """Return what is known of channels whose records are spoiled."""
+ *     cdef ivshmem_record record
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_9spoiled(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_8spoiled, "Return what is known of channels whose records are spoiled.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_9spoiled = {"spoiled", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_9spoiled, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_8spoiled};
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_9spoiled(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("spoiled (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "spoiled", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, i); __PYX_ERR(0, 248, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+    }
+    __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.records.spoiled", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8spoiled(__pyx_self, __pyx_v_membership);
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = NULL;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership) {
+  struct ivshmem_record __pyx_v_record;
+  unsigned int __pyx_8genexpr4__pyx_v_i;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  uint32_t __pyx_t_3;
+  uint32_t __pyx_t_4;
+  unsigned int __pyx_t_5;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("spoiled", 0);
+
+  /* "ivshmem/channel/records.pyx":252
+ *     cdef ivshmem_record record
+ *     cdef unsigned i
+ *     membership.check()             # <<<<<<<<<<<<<<
+ *     return [
+ *         {
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/records.pyx":253
+ *     cdef unsigned i
+ *     membership.check()
+ *     return [             # <<<<<<<<<<<<<<
+ *         {
+ *             "index": record.index,
+*/
+  { /* enter inner scope */
+    __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+
+    /* "ivshmem/channel/records.pyx":260
+ *             "maker": maker_of(membership, record.state)[0],
+ *         }
+ *         for i in range(membership.member.area.records)             # <<<<<<<<<<<<<<
+ *         if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT
+ *     ]
+*/
+
+    __pyx_t_3 = __pyx_v_membership->member.area.records;
+    __pyx_t_4 = __pyx_t_3;
+
+    for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
+      __pyx_8genexpr4__pyx_v_i = __pyx_t_5;
+
+      /* "ivshmem/channel/records.pyx":261
+ *         }
+ *         for i in range(membership.member.area.records)
+ *         if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT             # <<<<<<<<<<<<<<
+ *     ]
+ * 
+*/
+      __pyx_t_6 = (ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_8genexpr4__pyx_v_i, (&__pyx_v_record)) == IVSHMEM_CORRUPT);
+
+      if (__pyx_t_6) {
+
+
+        /* "ivshmem/channel/records.pyx":255
+ *     return [
+ *         {
+ *             "index": record.index,             # <<<<<<<<<<<<<<
+ *             "state": record.state,
+ *             "name": (<bytes>record.name).decode(errors="replace"),
+*/
+        __pyx_t_7 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_7);
+        __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+
+        /* "ivshmem/channel/records.pyx":256
+ *         {
+ *             "index": record.index,
+ *             "state": record.state,             # <<<<<<<<<<<<<<
+ *             "name": (<bytes>record.name).decode(errors="replace"),
+ *             "maker": maker_of(membership, record.state)[0],
+*/
+        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 256, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+
+        /* "ivshmem/channel/records.pyx":257
+ *             "index": record.index,
+ *             "state": record.state,
+ *             "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
+ *             "maker": maker_of(membership, record.state)[0],
+ *         }
+*/
+        __pyx_t_10 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 257, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __pyx_t_9 = __pyx_t_10;
+        __Pyx_INCREF(__pyx_t_9);
+        #if CYTHON_VECTORCALL
+        #endif
+        __pyx_t_11 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_n_u_replace};
+          #if CYTHON_VECTORCALL
+          __pyx_t_12 = __pyx_mstate_global->__pyx_tuple[0];
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 257, __pyx_L1_error)
+          __Pyx_INCREF(__pyx_t_12);
+          #else
+          {
+            PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+            __pyx_t_12 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 257, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_12);
+          }
+          #endif
+          __pyx_t_8 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_12);
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+          #if CYTHON_VECTORCALL
+          #endif
+          __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+          __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 257, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_8);
+        }
+        if (!(likely(PyUnicode_CheckExact(__pyx_t_8))||((__pyx_t_8) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_8))) __PYX_ERR(0, 257, __pyx_L1_error)
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+
+        /* "ivshmem/channel/records.pyx":258
+ *             "state": record.state,
+ *             "name": (<bytes>record.name).decode(errors="replace"),
+ *             "maker": maker_of(membership, record.state)[0],             # <<<<<<<<<<<<<<
+ *         }
+ *         for i in range(membership.member.area.records)
+*/
+        __pyx_t_8 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 258, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        if (unlikely(__pyx_t_8 == Py_None)) {
+          PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+          __PYX_ERR(0, 258, __pyx_L1_error)
+        }
+        __pyx_t_10 = __Pyx_GetItemInt_Tuple(__pyx_t_8, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 258, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_10);
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_maker, __pyx_t_10) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        __Pyx_GIVEREF(__pyx_t_7);
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_7))) __PYX_ERR(0, 253, __pyx_L1_error)
+        __pyx_t_7 = 0;
+
+        /* "ivshmem/channel/records.pyx":261
+ *         }
+ *         for i in range(membership.member.area.records)
+ *         if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT             # <<<<<<<<<<<<<<
+ *     ]
+ * 
+*/
+      }
+    }
+
+  } /* exit inner scope */
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/records.pyx":248
+ * 
+ * 
+ * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
+ *     """Return what is known of channels whose records are spoiled."""
+ *     cdef ivshmem_record record
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_AddTraceback("ivshmem.channel.records.spoiled", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/records.pyx":265
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -9034,16 +10301,16 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7records_9listing(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_11listing(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_8listing, "Return the facts of all channels.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_9listing = {"listing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_9listing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_8listing};
-static PyObject *__pyx_pw_7ivshmem_7channel_7records_9listing(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_10listing, "Return the facts of all channels.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_11listing = {"listing", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_11listing, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_10listing};
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_11listing(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9073,32 +10340,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 265, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9109,8 +10376,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 190, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8listing(__pyx_self, __pyx_v_membership);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 265, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10listing(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
   goto __pyx_L0;
@@ -9129,7 +10396,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership) {
   struct ivshmem_record __pyx_v_record;
   unsigned int __pyx_v_i;
   PyObject *__pyx_v_found = NULL;
@@ -9149,29 +10416,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("listing", 0);
 
-  /* "ivshmem/channel/records.pyx":194
+  /* "ivshmem/channel/records.pyx":269
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     found = []
  *     for i in range(membership.member.area.records):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":195
+  /* "ivshmem/channel/records.pyx":270
  *     cdef unsigned i
  *     membership.check()
  *     found = []             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":196
+  /* "ivshmem/channel/records.pyx":271
  *     membership.check()
  *     found = []
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
@@ -9185,7 +10452,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/records.pyx":197
+    /* "ivshmem/channel/records.pyx":272
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -9197,43 +10464,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":273
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts_of(&record)             # <<<<<<<<<<<<<<
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_v_channel, ((PyObject*)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/records.pyx":199
+      /* "ivshmem/channel/records.pyx":274
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))             # <<<<<<<<<<<<<<
  *             found.append(channel)
  *     return found
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 199, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 274, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/records.pyx":200
+      /* "ivshmem/channel/records.pyx":275
  *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))
  *             found.append(channel)             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/records.pyx":197
+      /* "ivshmem/channel/records.pyx":272
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -9244,7 +10511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
 
 
-  /* "ivshmem/channel/records.pyx":201
+  /* "ivshmem/channel/records.pyx":276
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
  *     return found             # <<<<<<<<<<<<<<
@@ -9262,7 +10529,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":190
+  /* "ivshmem/channel/records.pyx":265
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -9287,7 +10554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":255
+/* "ivshmem/channel/records.pyx":330
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -9307,7 +10574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 255, __pyx_L1_error)
+    __PYX_ERR(0, 330, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9318,7 +10585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 330, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9361,15 +10628,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 255, __pyx_L1_error)
+    __PYX_ERR(0, 330, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 255, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 330, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 255, __pyx_L1_error)
+    __PYX_ERR(0, 330, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -9377,7 +10644,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 255, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 330, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -9388,9 +10655,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 330, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 330, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -9417,7 +10684,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 255, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 330, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9445,7 +10712,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":204
+/* "ivshmem/channel/records.pyx":279
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9499,12 +10766,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 204, __pyx_L1_error)
+    __PYX_ERR(0, 279, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":207
+  /* "ivshmem/channel/records.pyx":282
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
@@ -9513,7 +10780,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
 
-  /* "ivshmem/channel/records.pyx":211
+  /* "ivshmem/channel/records.pyx":286
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
@@ -9522,42 +10789,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":213
+  /* "ivshmem/channel/records.pyx":288
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,             # <<<<<<<<<<<<<<
  *         "bytes": channel.layout.size,
  *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":214
+  /* "ivshmem/channel/records.pyx":289
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
  *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
  *     }
  *     if g.kind == IVSHMEM_BYTES:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":216
+  /* "ivshmem/channel/records.pyx":291
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -9569,7 +10836,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":217
+    /* "ivshmem/channel/records.pyx":292
  *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9583,7 +10850,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":218
+      /* "ivshmem/channel/records.pyx":293
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -9593,7 +10860,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":219
+        /* "ivshmem/channel/records.pyx":294
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9602,7 +10869,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":220
+        /* "ivshmem/channel/records.pyx":295
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9620,7 +10887,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":221
+        /* "ivshmem/channel/records.pyx":296
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9634,7 +10901,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":220
+        /* "ivshmem/channel/records.pyx":295
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9644,7 +10911,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":223
+          /* "ivshmem/channel/records.pyx":298
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -9653,16 +10920,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 223, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 298, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":224
+          /* "ivshmem/channel/records.pyx":299
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -9671,7 +10938,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":220
+          /* "ivshmem/channel/records.pyx":295
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -9684,7 +10951,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":216
+    /* "ivshmem/channel/records.pyx":291
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -9694,7 +10961,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":226
+  /* "ivshmem/channel/records.pyx":301
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -9709,7 +10976,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":227
+      /* "ivshmem/channel/records.pyx":302
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -9718,7 +10985,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":228
+      /* "ivshmem/channel/records.pyx":303
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -9727,7 +10994,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":229
+      /* "ivshmem/channel/records.pyx":304
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended             # <<<<<<<<<<<<<<
@@ -9736,19 +11003,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_published);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_published;
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 229, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 229, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/records.pyx":230
+      /* "ivshmem/channel/records.pyx":305
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -9760,7 +11027,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":231
+        /* "ivshmem/channel/records.pyx":306
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9769,7 +11036,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":230
+        /* "ivshmem/channel/records.pyx":305
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -9778,7 +11045,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":232
+      /* "ivshmem/channel/records.pyx":307
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9787,59 +11054,59 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":233
+      /* "ivshmem/channel/records.pyx":308
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/records.pyx":234
+      /* "ivshmem/channel/records.pyx":309
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
  *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 234, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 234, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 309, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 234, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 309, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 234, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 309, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 234, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_2 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":233
+      /* "ivshmem/channel/records.pyx":308
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-      /* "ivshmem/channel/records.pyx":236
+      /* "ivshmem/channel/records.pyx":311
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -9851,7 +11118,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":237
+        /* "ivshmem/channel/records.pyx":312
  *             ))
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
@@ -9865,7 +11132,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/channel/records.pyx":238
+          /* "ivshmem/channel/records.pyx":313
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -9874,7 +11141,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-          /* "ivshmem/channel/records.pyx":239
+          /* "ivshmem/channel/records.pyx":314
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -9891,7 +11158,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/records.pyx":240
+            /* "ivshmem/channel/records.pyx":315
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
@@ -9900,19 +11167,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
             __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
-            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 240, __pyx_L1_error)
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 315, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 240, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 315, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 240, __pyx_L1_error)
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 315, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 240, __pyx_L1_error)
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 315, __pyx_L1_error)
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-            /* "ivshmem/channel/records.pyx":239
+            /* "ivshmem/channel/records.pyx":314
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -9923,7 +11190,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         }
 
 
-        /* "ivshmem/channel/records.pyx":236
+        /* "ivshmem/channel/records.pyx":311
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -9937,7 +11204,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":241
+  /* "ivshmem/channel/records.pyx":316
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
@@ -9951,7 +11218,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":242
+    /* "ivshmem/channel/records.pyx":317
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -9960,7 +11227,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":243
+    /* "ivshmem/channel/records.pyx":318
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9972,7 +11239,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":244
+      /* "ivshmem/channel/records.pyx":319
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
@@ -9981,7 +11248,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":243
+      /* "ivshmem/channel/records.pyx":318
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -9990,7 +11257,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":245
+    /* "ivshmem/channel/records.pyx":320
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9999,7 +11266,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":246
+    /* "ivshmem/channel/records.pyx":321
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -10011,7 +11278,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":247
+      /* "ivshmem/channel/records.pyx":322
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
@@ -10020,7 +11287,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":246
+      /* "ivshmem/channel/records.pyx":321
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -10029,7 +11296,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":248
+    /* "ivshmem/channel/records.pyx":323
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -10039,7 +11306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":249
+    /* "ivshmem/channel/records.pyx":324
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -10048,7 +11315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":250
+    /* "ivshmem/channel/records.pyx":325
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
@@ -10058,7 +11325,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__4);
     __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__4);
 
-    /* "ivshmem/channel/records.pyx":251
+    /* "ivshmem/channel/records.pyx":326
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -10070,7 +11337,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":252
+      /* "ivshmem/channel/records.pyx":327
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -10079,7 +11346,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":253
+      /* "ivshmem/channel/records.pyx":328
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -10088,33 +11355,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":255
+      /* "ivshmem/channel/records.pyx":330
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 255, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 330, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 255, __pyx_L1_error)
+      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 330, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":254
+      /* "ivshmem/channel/records.pyx":329
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 254, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":257
+      /* "ivshmem/channel/records.pyx":332
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -10128,7 +11395,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":258
+        /* "ivshmem/channel/records.pyx":333
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -10137,7 +11404,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":259
+        /* "ivshmem/channel/records.pyx":334
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -10149,7 +11416,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":264
+          /* "ivshmem/channel/records.pyx":339
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -10159,7 +11426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":261
+          /* "ivshmem/channel/records.pyx":336
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -10169,7 +11436,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":264
+          /* "ivshmem/channel/records.pyx":339
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -10186,24 +11453,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 264, __pyx_L1_error)
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 339, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":260
+          /* "ivshmem/channel/records.pyx":335
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 260, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 335, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_10));
           __pyx_t_10 = 0;
 
-          /* "ivshmem/channel/records.pyx":259
+          /* "ivshmem/channel/records.pyx":334
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -10214,7 +11481,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":251
+      /* "ivshmem/channel/records.pyx":326
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -10223,60 +11490,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":266
+    /* "ivshmem/channel/records.pyx":341
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/records.pyx":267
+    /* "ivshmem/channel/records.pyx":342
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 267, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/records.pyx":266
+    /* "ivshmem/channel/records.pyx":341
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -10284,7 +11551,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
 
 
-  /* "ivshmem/channel/records.pyx":269
+  /* "ivshmem/channel/records.pyx":344
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -10302,7 +11569,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":204
+  /* "ivshmem/channel/records.pyx":279
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -10342,7 +11609,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":272
+/* "ivshmem/channel/records.pyx":347
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -10361,7 +11628,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":273
+  /* "ivshmem/channel/records.pyx":348
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -10370,7 +11637,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":274
+  /* "ivshmem/channel/records.pyx":349
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -10382,7 +11649,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":275
+    /* "ivshmem/channel/records.pyx":350
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -10400,7 +11667,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":274
+    /* "ivshmem/channel/records.pyx":349
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -10409,18 +11676,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":276
+  /* "ivshmem/channel/records.pyx":351
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 351, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":277
+    /* "ivshmem/channel/records.pyx":352
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -10438,7 +11705,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":276
+    /* "ivshmem/channel/records.pyx":351
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -10447,7 +11714,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":278
+  /* "ivshmem/channel/records.pyx":353
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -10475,7 +11742,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":272
+  /* "ivshmem/channel/records.pyx":347
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -10495,7 +11762,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":281
+/* "ivshmem/channel/records.pyx":356
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
@@ -10504,16 +11771,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7records_11remove(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_13remove(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_10remove, "Remove the channel that was found, and free its memory.\n\n    Raises:\n        NoSuchChannel: it was removed before.\n        ChannelError: it is in use, and `force` is false.\n    ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_11remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_11remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_10remove};
-static PyObject *__pyx_pw_7ivshmem_7channel_7records_11remove(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_12remove, "Remove the channel that was found, and free its memory.\n\n    Raises:\n        NoSuchChannel: it was removed before.\n        ChannelError: it is in use, and `force` is false.\n        ChannelCorrupt: its record is spoiled, and `force` is false.\n    ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_13remove = {"remove", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_13remove, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_12remove};
+static PyObject *__pyx_pw_7ivshmem_7channel_7records_13remove(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10545,46 +11812,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, i); __PYX_ERR(0, 281, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, i); __PYX_ERR(0, 356, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 356, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 356, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_found = ((PyObject*)values[1]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 281, __pyx_L3_error)
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 356, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10595,9 +11862,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 281, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 281, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_found, __pyx_v_force);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7records_12remove(__pyx_self, __pyx_v_membership, __pyx_v_found, __pyx_v_force);
 
   /* function exit code */
   goto __pyx_L0;
@@ -10617,7 +11884,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, PyObject *__pyx_v_found, int __pyx_v_force) {
   struct ivshmem_record __pyx_v_record;
   struct ivshmem_channel __pyx_v_channel;
   int __pyx_v_code;
@@ -10632,39 +11899,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   unsigned int __pyx_t_6;
   int __pyx_t_7;
   int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10[3];
-  Py_ssize_t __pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
+  int __pyx_t_9;
+  struct ivshmem_area __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12[3];
+  Py_ssize_t __pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":291
+  /* "ivshmem/channel/records.pyx":367
  *     cdef ivshmem_channel channel
  *     cdef int code
  *     cdef str name = found["name"]             # <<<<<<<<<<<<<<
  *     membership.check()
  *     if membership.mapping.fixed:
 */
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 367, __pyx_L1_error)
   __pyx_v_name = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":292
+  /* "ivshmem/channel/records.pyx":368
  *     cdef int code
  *     cdef str name = found["name"]
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":293
+  /* "ivshmem/channel/records.pyx":369
  *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10673,15 +11942,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":294
+    /* "ivshmem/channel/records.pyx":370
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
- *     if code or record.state != found["state"]:
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 294, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10700,14 +11969,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 294, __pyx_L1_error)
+    __PYX_ERR(0, 370, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":293
+    /* "ivshmem/channel/records.pyx":369
  *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10716,60 +11985,70 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":295
+  /* "ivshmem/channel/records.pyx":371
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)             # <<<<<<<<<<<<<<
- *     if code or record.state != found["state"]:
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)
 */
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_6 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_6 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_6 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_t_6, (&__pyx_v_record));
 
 
-  /* "ivshmem/channel/records.pyx":296
+  /* "ivshmem/channel/records.pyx":372
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
- *     if code or record.state != found["state"]:             # <<<<<<<<<<<<<<
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
+ *     if code == IVSHMEM_CORRUPT:
 */
-  __pyx_t_8 = (__pyx_v_code != 0);
+  switch (__pyx_v_code) {
+    case 0:
+    case IVSHMEM_CORRUPT:
+    __pyx_t_8 = 0;
+    break;
+    default:
+    __pyx_t_8 = 1;
+    break;
+  }
+  __pyx_t_9 = __pyx_t_8;
 
-  if (!__pyx_t_8) {
+
+  if (!__pyx_t_9) {
 
   } else {
 
-    __pyx_t_7 = __pyx_t_8;
+    __pyx_t_7 = __pyx_t_9;
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_8 = __Pyx_PyObject_CompareBoolNe_int_object(__pyx_t_1, __pyx_t_4, Py_NE); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_int_object(__pyx_t_1, __pyx_t_4, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  __pyx_t_7 = __pyx_t_8;
+  __pyx_t_7 = __pyx_t_9;
 
   __pyx_L5_bool_binop_done:;
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":297
+    /* "ivshmem/channel/records.pyx":373
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
- *     if code or record.state != found["state"]:
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
- *     code = ivshmem_remove(&membership.member, &channel, force)
+ *     if code == IVSHMEM_CORRUPT:
+ *         if not force:
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 373, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10788,42 +12067,121 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 297, __pyx_L1_error)
+    __PYX_ERR(0, 373, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":296
+    /* "ivshmem/channel/records.pyx":372
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
- *     if code or record.state != found["state"]:             # <<<<<<<<<<<<<<
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
+ *     if code == IVSHMEM_CORRUPT:
 */
   }
 
-  /* "ivshmem/channel/records.pyx":298
- *     if code or record.state != found["state"]:
+  /* "ivshmem/channel/records.pyx":374
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         if not force:
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+*/
+  __pyx_t_7 = (__pyx_v_code == IVSHMEM_CORRUPT);
+
+  if (__pyx_t_7) {
+
+
+    /* "ivshmem/channel/records.pyx":375
+ *         raise NoSuchChannel(name)
+ *     if code == IVSHMEM_CORRUPT:
+ *         if not force:             # <<<<<<<<<<<<<<
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+ *         channel.area = membership.member.area
+*/
+    __pyx_t_7 = (!__pyx_v_force);
+
+    if (unlikely(__pyx_t_7)) {
+
+
+      /* "ivshmem/channel/records.pyx":376
+ *     if code == IVSHMEM_CORRUPT:
+ *         if not force:
+ *             raise is_spoiled(&record)  # who uses it cannot be known             # <<<<<<<<<<<<<<
+ *         channel.area = membership.member.area
+ *         channel.record = record
+*/
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __PYX_ERR(0, 376, __pyx_L1_error)
+
+      /* "ivshmem/channel/records.pyx":375
+ *         raise NoSuchChannel(name)
+ *     if code == IVSHMEM_CORRUPT:
+ *         if not force:             # <<<<<<<<<<<<<<
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+ *         channel.area = membership.member.area
+*/
+    }
+
+    /* "ivshmem/channel/records.pyx":377
+ *         if not force:
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+ *         channel.area = membership.member.area             # <<<<<<<<<<<<<<
+ *         channel.record = record
+ *     else:
+*/
+    __pyx_t_10 = __pyx_v_membership->member.area;
+
+    __pyx_v_channel.area = __pyx_t_10;
+
+    /* "ivshmem/channel/records.pyx":378
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+ *         channel.area = membership.member.area
+ *         channel.record = record             # <<<<<<<<<<<<<<
+ *     else:
+ *         ivshmem_channel_open(&channel, &membership.member.area, &record)
+*/
+    __pyx_v_channel.record = __pyx_v_record;
+
+    /* "ivshmem/channel/records.pyx":374
+ *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
+ *         raise NoSuchChannel(name)
+ *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
+ *         if not force:
+ *             raise is_spoiled(&record)  # who uses it cannot be known
+*/
+    goto __pyx_L7;
+  }
+
+  /* "ivshmem/channel/records.pyx":380
+ *         channel.record = record
+ *     else:
+ *         ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
 */
-  ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
+  /*else*/ {
+    ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
+  }
+  __pyx_L7:;
 
-  /* "ivshmem/channel/records.pyx":299
- *         raise NoSuchChannel(name)
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
+  /* "ivshmem/channel/records.pyx":381
+ *     else:
+ *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":300
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
+  /* "ivshmem/channel/records.pyx":382
+ *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
@@ -10834,7 +12192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":301
+    /* "ivshmem/channel/records.pyx":383
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -10842,7 +12200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         raise ChannelError(
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10861,15 +12219,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_1, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 301, __pyx_L1_error)
+    __PYX_ERR(0, 383, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":300
- *     ivshmem_channel_open(&channel, &membership.member.area, &record)
+    /* "ivshmem/channel/records.pyx":382
+ *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
  *         raise NoSuchChannel(name)
@@ -10877,7 +12235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":302
+  /* "ivshmem/channel/records.pyx":384
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10889,7 +12247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":303
+    /* "ivshmem/channel/records.pyx":385
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -10897,33 +12255,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *             " only if you know that none of them stores into its memory any more)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/records.pyx":304
+    /* "ivshmem/channel/records.pyx":386
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 304, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_10[1] = __pyx_t_9;
-    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_is_in_use_ivshmem_channel_info;
-    __pyx_t_11 = 142;
+    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_12[1] = __pyx_t_11;
+    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_is_in_use_ivshmem_channel_info;
+    __pyx_t_13 = 142;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]);
+    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]);
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]);
     #endif
-    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 304, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 3, __pyx_t_13, __pyx_t_2);
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_3))) {
@@ -10937,19 +12295,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_12};
+      PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_t_14};
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 385, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 303, __pyx_L1_error)
+    __PYX_ERR(0, 385, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":302
+    /* "ivshmem/channel/records.pyx":384
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -10958,7 +12316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":307
+  /* "ivshmem/channel/records.pyx":389
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -10970,20 +12328,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":308
+    /* "ivshmem/channel/records.pyx":390
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 308, __pyx_L1_error)
+    __PYX_ERR(0, 390, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":307
+    /* "ivshmem/channel/records.pyx":389
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -10992,24 +12350,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":309
+  /* "ivshmem/channel/records.pyx":391
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":310
+  /* "ivshmem/channel/records.pyx":392
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":281
+  /* "ivshmem/channel/records.pyx":356
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
@@ -11024,8 +12382,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_14);
   __Pyx_AddTraceback("ivshmem.channel.records.remove", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -11951,14 +13309,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of)) __PYX_ERR(0, 183, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
@@ -11984,14 +13342,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 154, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 191, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -12017,14 +13375,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 279, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -12050,14 +13408,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 330, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -12584,7 +13942,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * 
  * import time             # <<<<<<<<<<<<<<
  * 
- * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+ * from ..errors import ChannelCorrupt, ChannelError, ChannelExists, NoSuchChannel, RegionError
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 14, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -12595,19 +13953,19 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   /* "ivshmem/channel/records.pyx":16
  * import time
  * 
- * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelCorrupt, ChannelError, ChannelExists, NoSuchChannel, RegionError             # <<<<<<<<<<<<<<
  * from ..memory.sizes import format_size
  * from ..text import plain, quoted
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelExists,__pyx_mstate_global->__pyx_n_u_NoSuchChannel,__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 16, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelExists,__pyx_mstate_global->__pyx_n_u_NoSuchChannel,__pyx_mstate_global->__pyx_n_u_RegionError};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 5, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 16, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelExists,__pyx_mstate_global->__pyx_n_u_NoSuchChannel,__pyx_mstate_global->__pyx_n_u_RegionError};
-    for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelExists,__pyx_mstate_global->__pyx_n_u_NoSuchChannel,__pyx_mstate_global->__pyx_n_u_RegionError};
+    for (__pyx_t_3=0; __pyx_t_3 < 5; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 16, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 16, __pyx_L1_error)
@@ -12618,7 +13976,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
 
   /* "ivshmem/channel/records.pyx":17
  * 
- * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+ * from ..errors import ChannelCorrupt, ChannelError, ChannelExists, NoSuchChannel, RegionError
  * from ..memory.sizes import format_size             # <<<<<<<<<<<<<<
  * from ..text import plain, quoted
  * 
@@ -12641,7 +13999,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":18
- * from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+ * from ..errors import ChannelCorrupt, ChannelError, ChannelExists, NoSuchChannel, RegionError
  * from ..memory.sizes import format_size
  * from ..text import plain, quoted             # <<<<<<<<<<<<<<
  * 
@@ -12887,7 +14245,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
- *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
+ *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
@@ -12898,64 +14256,79 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":76
+  /* "ivshmem/channel/records.pyx":77
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
  *     """Create a channel; return the facts of its record.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":167
+  /* "ivshmem/channel/records.pyx":204
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
  *     """Return the facts of the channel of that name.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":190
+  /* "ivshmem/channel/records.pyx":248
+ * 
+ * 
+ * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
+ *     """Return what is known of channels whose records are spoiled."""
+ *     cdef ivshmem_record record
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9spoiled, 0, __pyx_mstate_global->__pyx_n_u_spoiled, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_spoiled, __pyx_t_2) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/records.pyx":265
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return the facts of all channels."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":281
+  /* "ivshmem/channel/records.pyx":356
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
  *     """Remove the channel that was found, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_13remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -13029,16 +14402,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":152
- *         "index": record.index,
- *         "state": record.state,
- *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
- *         "kind": _NAMES.get(g.kind, "?"),
- *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
+  /* "ivshmem/channel/records.pyx":167
+ *     """Say who made a channel and who uses it, as far as the memory tells."""
+ *     by, names = maker_of(membership, record.state)
+ *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
+ *     found = f", made by {by}"
+ *     ends = usage(membership, record)
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13079,41 +14452,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{8},{31},{9},{75},{134},{1},{2},{20},{10},{10},{38},{38},{1},{34},{11},{1},{4},{179},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{107},{32},{101},{46},{391},{210},{2},{2}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{20},{8},{31},{9},{75},{134},{15},{1},{2},{20},{121},{10},{10},{38},{8},{39},{1},{34},{11},{21},{84},{1},{4},{179},{11},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{14},{12},{13},{5},{10},{13},{7},{8},{11},{10},{1},{6},{20},{12},{17},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{7},{5},{5},{4},{5},{4},{7},{5},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{116},{32},{107},{101},{75},{379},{262},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1621 bytes) */
-static const char cstring[] = "x\332mTAs\333\306\0315\047b\302H\214<l\355\330\351d\222e\334V\222\353\320\303\211\235\244j&\031E\226\0237\215$\212\222=\316\005^\002Kr-p\227\304.H\321\235\311\370\210#\2168\342\210#\217<\362\250#\217<\372\047\344\047\364-\000\262rS\316\020\273X|\337~\357\275}\337\222\355\276\047m\246\024!\324\365\030u\306\204z\214\264=\306\010\027D\nF\372\234\331\214lK\017\021.\3024\351I\245\t\261\273T\010\346*\302.8\336u\027_\270&6\025\244K\207l\347\037\344\005\037\252n\217\365\226\241\304U/\210\213`EFi\264B\026C9LP\314Wl\367\3679\\\264\345\013\242\350X\221\326\030y\334\356\222\0343Sd\273-=\033iR\270c\302\333d,}r.\344(\203#\014~\3316UzDi\3511SHK\340T\004E\244\007\272b\014B\036\333\331\271G\356\341\315\311\023\214\016tKa\255G\035fj\3373\010\235\267gB\266\2443\376?\260\275\036\2422\264THCs\211\332\260}\351C\261\036=\347\242S\333%\224t\230\3541\r4:\327\005)Fn9b\316.\3315\272jz\016\364\337\035\202\322\241\324,\213\334\037\353\256\024&\301a.o1\217j\006!\224\366\270\255Q\022A\202\034\037\034\177\376\340\353\007)7\217\275d6\310+\277e\2734\225\020t[>w5N@\217\373L\325\310\223LG\301\300\021b\365\021w5\001d\004QL\247*m\201\256\324Ts),\244\203\320\026q\270\207\"|\310L\366c\352*V{\201\312=94\372k\272R\"\345\320\245\212\270\254\255\251\343X\330\212-\025t\270\242-\2271a\236\035\233\253l\346\344J\327\230\347IO-\337\262\323\254)\376\212\255\3264\273\320\371\374~\276\353} \223\236\243j\375\361\205\220\304\223\262G`\241\325\261\365]j\263\224\230\307:<\223\266G\373}(a\302L\207\200bj\267]\034\322*\317\270\276\305r\222\316\312\325t\025\260\237\215\007\006\364rn\372F\375\364\344\360Q\363p\357\347\003\353\373\347\247\007\315C\331\364\355n\036qt|\372\344\350\260y\364\364\340\344\361\277\216\236\235\244\220\322-N\237\037\347\t\226\311mZ\326\361\370\002\377G8w\353\020\274OX\333\262\362\263a\026~m_\330f\354Q.\322Q:\276\233~\021\264\227\216\220\304\262i\237/\347Cm\3646o\003\237\272\313(\315\224\306\300\225\005!\245\017\3330\243\217pL\277P5\0266\227\265\325\047\325\242\366\271\202q\272\036K\265mq\335r\245}\336""\032c#\033\026W\271B\266\213p\013\330\264g\302\220f\273R1\363\200\342\266tpp\210\263\215\323\224\215ZpJ\372t\314\027\007\276\300v\236\303\204y\311\236Nf\2216\205\343-\331\256}\203\302p\343\267\265\016\023\354\242\357\265\271p\322\373\003\217\036\325\2261O[\372X\304\365\327\311\203\226\255\331a\272\203\336\343\310\301\205\247Yoe\263\234@-\267\026\232\332q)\032H\273\274\307\265\271\357@\300\225T(D\243GU\227\367\257\332\265\207V\240\035\214\270V\205\221\031u\265\204\244\262\237\222\205\243\2746\256\0023\216<\224N\205Txr\321\227\375\276\337B\215.s\006>\363\331\300G\0139\306\247(\224\3335\003\226y3?\006\017\313\026uG\270VM\017\240\267\034t\264\303\332\324w\265\342.\023:k\245W\014\312)\264a_\271R+e\354d\256\"a\232Kw=9\322\034\372\340o\te\006s\367\340\201\233\304\027\0208E\346\013\256\315_\371}\007\371\276\241\373\273\323\030R\327g\351C\r9\033\251\224\252\227\016\000{<>j\231\253\213\334\335F\005\037\223\\~+cG\356\356\\[\036\364\353\302\233\265O\"\032\275JnM\n\213\265O1\251,\3266\203v\270\267X+\005\245\260\0306B\047\252.J\033\363\215O\243A\374n\354N\252\223\372\344\321\364\375\331\215\331/\227\336\274\321\2347\317\346gO\027\345\033H*\177\030\322p\0305\336\224\377\030\326\027k\033\301\203`\204\r\266\343jV\352<\251$\3257X\377:\374.\256\306\365x?\036$\037L\236N\353\257\013\277\225\256\025\257g\245\313AZ\277\030\234\205\325p7z\026\037\000\227\301`\300\016\342\365dkrk\372\316\264>\375q\266?\033\230\252\335\364Ca\201\272_E\325\350a\\\210?N\032\t]\224+\341\255\250\020U\014\030SdsU\344\275\327\377\306\356\337D\303\270\021\323E\351zp\021\016\262\310\365\340s3E\364\215k\305\233&\366\243\350\006P\354\255\264Y\017\252A=\3701\334\017G\021\315^\277D\235\315\230\047\312\010tu\251\235\354\047\003#\357zp/<\217+q\325L\377\026\236F\267\343\212\241\371~x\023\252\r\014\204_\243Fz\034\037\245\233\2246\202\207\341;\020\262\374\301\242T\016\036\003\356W\321\235\350$R\361\335\344\207\311\337\247\337O;\263\023\010\000.~\260\037\014\336b\221\255\375\0325\343b\334L\n\213\322f\320\213\352\363\217\353""\223\312\344\376\2542\373\313lpY\236\237\236]\311\336\014:\341\263\350\021\304\253\230\255F\031\254\n\360\265\242bZ\367N|\226|\226\354\231P\027\276(\177\026W\347w\036N\032\223s\354\210\367\353\301 \334\210\352\321A\374\207\371\235/\340\224\237\246\203Y1\005Y\276\005d\353\361Vr3\241\277\275{\255X\372o\325\227@\374\247\270>\377\363\317\227\215\313T\317\273\341AT\211\376\n\303\321\3451\230\205\352\352\004\336{\375*\274\r\232\310>\317>\374\217=\212\323\306\364\345e\341r\245\304\020\324\366#?\336\213\033\271\026\021\366\271m\304\212v`\305\177&\235\311\263\351\336\264a\254\362\255\3313\332\215\237\0474\031O\013oi\224g^YI\2450\326\037d\304rRE\234f;~\234\030\324\363\315O\214S6\003\036\016B\354\375\037\304\324\372\362";
-    PyObject *data = __Pyx_DecompressString(cstring, 1621, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1841 bytes) */
+static const char cstring[] = "x\332}U\317o\0337\026\216\020\253vm\325\201\262I\335\356\026-\335,b\307\353\270\0206I\273\312\242\205\353(\333\240[\333\262\363c\263X@\246f(\211\361\210\224\206\034\3132\026E\216:\316q\216s\234\243\216:\352\350\243\217:\372O\350\237\320\217\234\221c7\333\025\240!\207|\217\357{\337\373\036\207\254v|\3510\245\010\271\177\277!}\207\035\020\237\265\345\021S\204kB=\237Q\267O\250\317H\303g\214pA\244`\244\303\231\303\310\252\364a\341\021B5iK\245\tqZT\010\346)\302\2169\336u\013;8\306\241\202\264\350\021\273\367\230\034\360#\325j\263\366\324\224x\352\200x0V\244g\255\025\274\030\302a\202`\201b\345\367}\270h\310\003\242h_\221z\037~\334i\221,\017\340^\265y\224\001\324\353\023\336 }\031\220C!{)\034a\360\313\206\211\322&JK\337d*\264\004NE\020D\372HW\364\221\220\317\356\031\024o\002d\322\246\207\\4\357\255\223ul\272\231\277\241\205\256(\254\301Lu$\367\230k\000)\331fS<iPC@\317\347\232\021\0042\236i\240\r\362\354]P\245M>\212\201u\305]F\002\241\271\367~\356~\033\225\362\231#}\027\201\333\024\226\010\271n\230r\257\316\204\254K\267_\376\237G\254g\254MG*\244\241\375\002u\217^I|\243L(i2\344\245\201Tg\205\202\217\251\277\3541\267L\312\246\320\232\036\202\316\262\3452\305\270ND\320\256\343\344\307f_\265d\317\370\021\305\233\302\260\350\361\006*\205\"a\263\307\241%\301\216`\354\007\202\320&\345b\375w\010\350x\024\002\374n\033\305\334\226\206V\003i\253\257[R\030d.\3638\202R\315<C\254\317\035\215Sa$\310ne\367\376\203o\036\3302\372\354\rs\000U\005u\307\243V<\300T\017\270\247\241=\335\3570\205\022\245\n\022\014\254\242z\035\330]v\000m\302V\315\224u\005\020\245\246\232KQ\203;\230[!.\007\023\232\037\331\332?\245\236b\033\007\204\t7\225\306\345v\243WE\323B\r<\326\320\324uk8\225M\tp\271\242u\2171a\236M\207\253t\346fDm0\337\227\276\232\276eJS\374\204]\254iv\254\263\371W\331\251_\245\345R\033\235\3761\352\343K\331&\350\243\013\326S\302M\216>k\362\224\3456\355t@\21213\327\004\262\265=W6\005\236\372\031\345\327Y\226\244{\321\332\364\302`+\035\267\244\357\007\035\235\275UL\n\323\271\271J\324\217\317""\266\237\354oo\376T\251}\377\372ye\177[\356\007N+\263\330\331}\376lg{\177\347ee\357\351?w^\355Y\200\366\210\347\257w3\207Z\3158c\330\355\037\343\377\004\212\250m\203\206=\326\250\325\262\252\261\032~\266\256\265&\323\350\326\266Yh\004\3021c\033r\264\243t\003\317\232\n\332\266#(\2539\264\303\247\363#m\352a\336\272\001\365\246V\232)\215\201\253\032\210\226\001\024\306\014\177\3025\267\010U}\341p\271q\261\245\352\3249T\300\322\362\231\345\276\316u\335\223\316a\275\217\203\034\264\235\312\030t<\230\327\200M\373\306\014n\216\047\0253\017T\304\221.\n\013;\307\210R9\210\005%\331\247kv\\\350\006\307\371.\023\346%}\272\251\204\032\024\315Q\223\215\215\277#0\204\373\355F\223\tv\334\361\033\\\270\366\222\305\243Mu\315\210\253!\003,\342\033\321\314\214\246\327\005\250l\242M9|\360U\000\251\0272\314\022\330\310\244\207\213\306\365(zM{\274\315\265\371( \001OR\241p\0131\037.\350i\325\342\235\313\232n\243_h\023#>@\302p\215\340Z\202W\331\261\031Cv~\003w\224\031\355\025l\331Txr\321\221\235NPG\240\026s\273\001\013X7@\237\271F\314\010\224i:E\227\n8\253\205\217\345\032\365z\270\260M\243(\323\315L\273\254A\003O+|\006\204N\373\355\204\201>\205^\355(Oj\225}#\224\321\232\271*\205iD\335\362eOsp\205\177M(3\340\273\244\251\207{\0133\334B\201\000\343\026e \2706\177\025t\\\034\022\230\324\337+\317\021\365\002f\037\352\210\263\236\262i\373v\000\360\335\376N\335\\{dm\0257c\200IV\217Z\366UY\273wmZ\371\267\271\363\231\317#\032\235$K\303\334d\346\013L\3764\334\234\314,\016\032!\206\271\301\\\230\017\253\241\033-O\346\026\316\026\276\210\272\361\007\2617\\\036\226\206OF\037\216o\215\377}\352\237U\367\317\366_\234\275x9)\334\202S\341vX\235\024>\016ix\024U\317\013\177\010K\223\231\205\301\203A\017\247\254\306+I1\215y\230\024\223\345s\354|\023~\027/\307\245x+\356&\037\r_\216Jos\277\314]\313\337H\021,\014J\3478\361eT\232\274\033^EO\343\273\311l\322\035\316\016\273f\341_Q5\362\222\273\346u\224;\237+\014*\341m\0008\211\227\222|R\265\320M\226\335x>Y\031.\215\256\217J\243\037\306[\343\356\225P\205\201\3158?x""\021.\207\345\350U\\I\212\277\357jRl\331\215\334\004I~\035-G\017\343\\\374YRM\350\244P\014\227\242\\T\264\370\021\344\346\245|\036\003\330\177\343G&\375\311\314\354\333`\2605\350N\346n\014\216\303n\352r\261\2668xcV\300\375\314\374\340\276\331\306Q\037_\313\3376\007}\032\335\002\304w\245\232\037,\017J\203\037\302\255\260\027\321\364\365\021@,\306<Q\246^\227\227\032\311\026\270\313\231\245\365\3600.\3066\302_\302\347\321\047q\321p\360\241\245\317\302\372\031\324\032}|j\017\231[\030<\014\257\243\244\205\217&\240\371)\230\372:\272\023\355E*^K\3761\374\333\350\373Qs\274\007v\376Of?G\373q>\336Or&C`\017\377\023_\315\272\031\356G\263\221\206&6\215{/\205R\004\246z\224\267\261\356\304/\222/\223Mc\354\201\236\302\227\361\362\331\235\207\303\352\360p\\\034\343\375\306\240\033.D\245\250\022\337<\273\363W\210\365\307Qw\234\267\300\nK@3\017\035\336N\350/\037\\\313\317]e\373\217q\351\354\317?\235VO-\207ka\005\374\337\205\346\351\224\372JZ\220\214\365\331\267\047\341\047H\r\336\207\351\306o\364\222\037UGoNs\247Y\206\250\317\331\322jr=yd\265\364p\234\033[\3476\300n^\"\3014\014\260\336\014\327\242MS\200\224F\243\347\234\231\236D\305\363\271\317\354\026G\333\314\017WFK\366(\350\353[\203#*\307\257\023\232\364G\271+\314\3766LF\237i\326nJFFD\036\0477\342\247F\242\213g\213\237\033E-\016x\330\rq\366\257\034\367\271U";
+    PyObject *data = __Pyx_DecompressString(cstring, 1841, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2135 bytes) */
-static const char cstring[] = "\377 (proces\377s  alrea\377dy are f\377ree in o\377ne piece\257 (or\037\000l$\000t\377 most  c\377hannels \367exi\r\000that\377 it can \377have); `\177ivshmem#\005\277 ls` l*\000s\373 w)\002s the\366l\000isi\001use:\376\"\017info` s\277ays by5\000i\367ch \255\004es (\357forc4\000onl\377y if you\277 know \212\002n\366\274\001ofb\001m st{or/\000into\245\000\333s \226\000or\354\000ny\376\316\000re)), ,\237 and +\003\204!a{\047s\021\000madex\001\313, \237\000d\000\007\214\001noobody\244\020rmK\000;wh\252\001ano\343\001\256\005\355 \353\000ju\277 mak\377ing.: a ?geomet\213\000\300#\363s 0\000\353!owedw: :\324!tak\355\000{?N\220@Note\333\003\277CythonN\001d\377eliberat\375e\206 strict\373er\202!n PEP\357-484\327\002rej\377ects sub\237class\300 \235 b\357uilt\354@typ\337es. I\302#ne\027ed \252 p%\000%\t\261@\337n set\271A \047\376\202`otation\371_<\000\316\000\047 dir\366b\000iv\242\000o Fa\377lse.` re7mov\374!ta\201&\257b\377has left/add_\247 e\321dC\000\177sableen\002\001\257gcis\004\003d\316d.?errors\006\005\310C\337.size\013\006te\253xt\374d/\247\204\004/\227\000o\377rds.pyxn\177o room \300`^\231\204\006plac\330!e\255\000{gi\325#mapp\207 (#\001\236\205\001\261@ \353a:\242@\321\204\006V\362\204\001be\336\004d\315\204\006a\362\204\006\305C\250\205\003E\261\001\004\005\264\205\001sK\377INDSNAME\377_BYTESNo\357Such\047\004OPT\377IONSOVER?FLOWRe\217\001>\002\327TYP*\004_8\001S_\257_Pyx\001\000D\365@_}N\365\000Ref__\225D\377e____fun\275c\004\001main\003\002owdul\025\002nam\035\002>\220 _capi*\001\010\001\363vt\374!8\001qual\336\036\005testM\000is\277_corou\264`e\376\234!ndareaa\177syncio.\022\006\277sbacks\347`h\373re\327\"bitbl\337ockbyF\000ca\367lls\301\207\004clin\233e_\231\000tr\200@3\001c\357lose\001\001ing\377codeconn\376\324aonscrea\353te\000\003d\026\001ded\377iscarden\364\047\001\000\003d\235cfact\277s_of.<v\000a\377ls>.gene\177xprfind\273\207\002\177format_\271a\367fou\022\000reeg\374\036\004\223\206\005getgon\373ei1\000exite\251m\362f\202\211\004.\324dkS\000l""\373ay\230 limit\376\354\210\001ingloan\377smembers\367hip\243\204\tmess/ages\323\211\001n\211A\232\000\177topenop\323\205\001\377soverflo\315w\004\001wrx\000\240\204\002sp\375l\307@poppub\377lishedqu\377euequote\201d\306\212\001f\000\250\204\004\356\204\003\373\205\003\200Dr\377ing_alwa\373ys\200\205\001sends\377etdefaul\177tsilent\305\205\003\373ze\267 sleep\377slotssta\353te\207\210\001n\331\205\001thr\277owtime\000\001_\343ns\007\001\370\207\001\240`ype\363un\336 \225\002unit\376\000\001supdate\371u\353\001\375.value~\000\002sviews\346\002\375r\002\002ingPyO\375b\267\210\001 *(str\257uct \326\213\004_\314\206\003 \367*)\000\341E\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\021\330\004\377\016\210f\220A\330\004\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\026\220a\220v\230\377Q\340\014\023\2201\330\004\337\013\2104\210w>\000(\240\375!e\003k\250\021\250!\340\376\025\0008\220?\240!\2401\377\240C\240q\250\r\260V\377\2701\200\001\360\010\000\005\355\017u\003\014\210{\002\005\210U\377\220!\220:\230W\240E\363\250\021\177\002\251\001q\240\n\250\377\047\260\027\270\003\2701\270\277H\300C\300q\330s\000h\336\303\000q\240\001\330u\0007\230\377!\2305\240\001\240\034\250\377Q\250a\330\014\021\220\027\267\230\001\230\324\000\013\210a\001\016\356\\\006\007\200{[\000<\230v\377\240Q\240a\330\010\017\210wx\220q$\003\n\210-\007\001\336\220\000\024\000\005\025\210!\031\230\365\024\203\000A\223&\n\210!\210\3771\210H\220C\220w\230\327a\330\004\013\0016e\000\016\240\347i\250s\235!\007\tf\250C\373\250q\333!\n\210,\220k\357\240\021\240!-\001+\220T\367\230\030\240\353 \010\210\t\220u\025\263 q\177\001~\230Q\212B\375\031@\002\010\013\2105\220\003\376\306 \014\r\330\010\014\210F\376\212 7\230#\230R\230s\377\240*\250G\2609\270B\357\270g\300R\376\000\004\007\200\237u\210C\210q\271\n\016\003~\377\230S\240\005\240S\250\001\377""\330\010\016\210m\2301\320\377\0341\260\021\260/\300\021\377\300%\300q\310\014\320T\373U\3304\007\016\210g\220W\323\230D\272 \354 \017\270@a\220\272\224\000\021\235\000b\230\005s\002#\277\240U\250\"\250AI\001l\376\225`\014\"\240!\320#5\357\260Q\260kO\000!\330\014\377\017\210q\220\013\2301\230\277E\240\022\320#3\247`Ko\270q\300\005\240\002\014\027\335 \377\n\240\047\250\025\250a\360\357\006\000\005\010\254\005\016\210j\376\237@\032\2401\320$M\310\373Q\310\313\"*\220E\230\021K\230&\356`a\377%\r\001!\225\204\006\237\007\200z\220\030\324@\323\000k\334\047\000\321 \013\320\013\223i\005\270\177Q\270j\310\001\310\021\330\005\375v\330\000C\230u\240A\240}Q\205$\230A\330\004\030\231a\377\230)\2401\240J\250g\277\260W\270A\270Q\264\204\001>\376P\001\230:\240Y\250a\250\207y\270\001\227*\303 6\001\353&\016\211\210\206\"\367\204\001q\323\003\311@\321\001\005\336\313@f\240F\250\262\001\320\016\375\036\246a\016\210i\220q\220\007\021\230!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2135, 2640);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2424 bytes) */
+static const char cstring[] = "\377 (proces\377s  --for\377ce` remo\377ves it a\377lready a\377re free \377in one p\377iece (or\376\037\000l  at m\377ost  cha\377nnels ex\315i\r\000th\027\000D\000ca\377n have);\377 `ivshme\375m#\005 ls` l\356*\000s w)\002s t\353hel\000i~\000n u\367se:\"\017info\377` says b=y5\000ich \301\004\265\000\365(\303\002:\246\000ly i\377f you kn\327ow \212\002n\274\001of~b\001m stor\346\001\267nto\354\000s \226\000o\355r\354\000ny\316\000re)\355 \203\000ju\327\000mak\377ing), , \317and :\003\223!a\047\371s\021\000\252\000spoil{ed\215\001some\210\005\374o\003\375\001write xf\000\335\000b\004. Itl\006\333st\314\001se\363 si\377de until\366\236/rm\247@reco\233rd\212\000ma\047\000\201 ,\370\246!x\002\000\007nobod\313y:.\022,\257$\000\005anyo\363!\255\006was \356\010\177.: a ge\325\000\231t\234 \321Cs 1\000\374Ao\277wed: :\254at\263ak\266`\007\001s \236\003,\377 number \275;\314ashow4\001 Wsig\307`f\367@f\336@\374\242@\352`will n\373ev*\000run a\337gain,\352\024pl\375a\376`?NoneN\371o\323!\346aCytho\275n\260Adelir\000a\373te\200`stric\375t\200\000than P\277EP-484\302Br\357ejec\377 sub\177classes\326A\377builtin \237types\240@\274cn\251e\332@\244`p%\000 &\010t\317hen \262A\323A\047a\375n\306 ation_\274<\000\260`\047 di\253@t\373iv\367BFalse\277.` end\345\204\001a\325t\343\205\ta\247kh\201@le\277ftadd_\234@e\374\326\205\004N\000sablee\275n\002\001gcis\004\003d\376\323\205\004.errors|\006\005\315\204\003.size\013\006\257text\201\206\004/\254\206\004/\376\315cs.pyxno\377 room fo\361r\236\206\006\353#\267\204\001regi~\340#mapped\"\002.\243\207\001ing\357\205\002:\226`\326\206\006V\367\206\001be\315\207\004d\322\206\006a\367\206\006\375C\255\207\003Corrup\305t\007\004E\277\001\004\005\307\207\001sK\377INDSNAME\377_BYTESNo\357Such5\004OPT\377IONSOVER\237FLOWR\234\002>\002T\333YP*\004__9\001S_\257_Pyx\001\000D\217`_}N\204 Ref__\257D\337e____\204b_g\277etitem\r\001f\367unc\025\001main\336\003\002odul&\002na\371m.\002\260 _capi\314;\001\010\001vt\234AI\001qu{al\036\005test^\000\377is_co""rou\372\337`e\274!ndare\377aasyncio\375.\022\006sbacks\277lashre\350\204\002b\377itblockb}yF\000calls\346\211\004\277cline_\231\000t\357race3\001clo\373se\001\001ingco\377deconnec\376\221\204\001screate\372\000\003d\026\001dedis?carden\047\001\000\003\375d\275cfacts_\357of.<v\000als\377>.genexp\337rfind\250\213\002fo\337rmat_\331afo=u\022\000reeg\036\004\247\207\005\276\310 gonei1\000eQx\321!\222\204\006\247\213\004.\364dkS\000\367lay\230 limi\375t\221\213\001ingloa\377nsmakerm\275e\305\207\001ship\310\204\tm\177essages\375\213\001\371n\216A\237\000topen\373op\355\002overf\307low\004\001\376\211\002\266\207\002sp\377lainpopp\377ublished\377queuequowted\360\214\001ers\315\204\004\370\346\211\003\217\215\003\205Dring_\277always\245\205\001s\376\312\206\001etdefau\377ltsilent\366\352\205\003ze\274 slee\277pslots\235\213\004s\257tate\247\211\001n\205\206\001t\177hrowtim\357`\366\314`ns\007\001stot\337altri\261`yp\347eun\357 \241\002uni\375t\000\001supdat\363eu\367\001\216Nvalu\375e\000\002sviews\372\365\213\002r\002\002ingPy\373Ob\363\210\001 *(st_ruct \214\216\004_\317\213\004\367*)\000\362E\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\033\260A\277\330\004\016\210f\220\004\000\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\025\220Q\330\014\026\377\220a\220v\230Q\340\014\377\023\2201\330\004\013\2104\373\210wC\000(\240\047\250\021~n\003k\250\021\250!\340\027\000\3778\220?\240!\2401\240\377C\240q\250\r\260V\270\3771\200\001\360\010\000\005\017\336|\003\013\2101\340O\000V\230\3631\330\000\004]\000W\230F\240\377&\250\007\250q\260\007\260\375q\024\001X\230Q\230l\250\375&\013\001\270\001\340\010\014\210\367E\220\025~\000z\240\027\250\347\005\250Q\266\002\342\001q\240\n\377\250\047\260\027\270\003\2701\277\270H\300C\300q^\n\014\375\210\355\002\005\210U\220!\220\177:\230W\240E\250\021!\027z\337\001h\267 q\240\001""\330\342\000\3777\230!\2305\240\001\240\377\034\250Q\250a\330\014\021?\220\027\230\001\230\021\366\001\314\001u\022\305\010;\227 |\2406\373\001\377\330\004\007\200u\210C\210\377q\330\010\017\210x\220q\234-\003\013\006\016\210jA\001\371 \004\347\n\210-\033\001\230 \026\000\005\235\025\227A\031\230\024\240\000\241G\n\377\210!\2101\210H\220C\337\220w\230a\330.\000!\210}6\202\000\016\240i\250s\254A\316\007\tf\250C\271 \355@\n\210\177,\220k\240\021\240!-\001\277+\220T\230\030\240\261\000\010\223\210\t\272\"\222\002~\330 \234a\031~@\002\010\013\2105\220\003\320@\327\014\r\330\344 F\247 7\230\377#\230R\230s\240*\250\377G\2609\270B\270g\300\367R\300q\276\031~\230S\240\177\005\240S\250\001\330\010\342b\363\220\\q\001\353\010g\220S\230W\007\230t\221`A\225!w\310`\272\237 \021\320@b\230\005g\002#\337\240U\250\"\250\033\000\016\210\377l\230!\330\014\"\240!\377\320#5\260Q\260k\300\373\021\300\r\000\017\210q\220\013\377\2301\230E\240\022\320#\3773\2601\260K\270q\300\355\005\224\002\014\027\345 \n\240\047\377\250\025\250a\360\006\000\005\371\010\372%\350#\032\2401\320$\357M\310Q\310\277\"*\220E\377\230\021\230&\240\006\240a\364\363%\r\001!\230\205\006\007\200z\220\311\030\345@\307\000k\047\000\305 \013\320\375\013\337i\005\270Q\270j\310\347\001\310\021\346C\235@\320\027(\357\250\003\2506\202\204\0025\300\001]\300\341`\016\210m\252\000A\204h\376\255\205\001q\330\014\022\220*\230\341A\375!\233c\314\204\001\263 \017\210z\337\230\021\340\010\034\026\002i\240\177q\250\n\260\047\270\027F\002\357\004\013\210>\204\001\230:\240\177Y\250a\250y\270\001\331h\250U\017\270$\251\206\001q\207#q\221Aj~\344 Q\230f\240F\250\346\001\367\320\016\036\316a\016\210i\220\037q\220\021\230!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2424, 3155);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2640 bytes) */
-static const char bytes[] = " (process  already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more)), , and of the area\047s , made by , used by , used by nobody: `ivshmem channel rm , which another process is just making.: a geometry that is not allowed: : it takes ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsstatetakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV""\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\016\000\005\017\210f\220A\330\004\007\200{\220!\220<\230v\240Q\240a\330\010\017\210x\220q\230\001\230\021\330\004\n\210-\220q\230\001\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260/\300\021\300%\300q\310\014\320TU\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\200\001\360\024\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!""\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210C\210v\220W\230C\230u\240A\240Q\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
+    #else /* compression: none (3155 bytes) */
+static const char bytes[] = " (process  --force` removes it already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more) is just making), , and of the area\047s , is spoiled by some process that can write to the memory. Its memory stays set aside until `ivshmem channel rm --record , made by , used by , used by nobody: `ivshmem channel rm , which , which another process was just making.: a geometry that is not allowed: : it takes : its record, number ; it shows no sign of life: if it will never run again, `ivshmem channel rm --place ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` ends that` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelCorruptChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES__NAMES__Pyx_PyDict_NextRef__annotate____class_getitem____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmakermembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsspoiledstatetakentextthrowtimetime_nstimestotaltriestypeunfinishedunitunitsupdateusage.<l""ocals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\033\260A\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\025\220Q\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240\047\250\021\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\013\2101\340\014\025\220V\2301\330\014\025\220V\2301\330\014\025\220W\230F\240&\250\007\250q\260\007\260q\330\014\025\220X\230Q\230l\250&\260\007\260q\270\001\340\010\014\210E\220\025\220a\220z\240\027\250\005\250Q\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\022\000\005\017\210f\220A\330\004\013\210;\220a\220|\2406\250\021\250!\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210q\330\010\016\210j\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\026\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007""\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210f\220A\220\\\240\021\330\004\007\200u\210C\210q\330\010\016\210g\220S\230\007\230t\2401\240A\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\200\001\360\026\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210H\220C\320\027(\250\003\2506\260\027\270\003\2705\300\001\300\021\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\013\2104\210q\330\014\022\220*\230A\230Q\230a\330\010\017\210x\220z\240\027\250\001\330\010\017\210z\230\021\340\010\034\230A\230Q\230i\240q\250\n\260\047\270\027\300\001\300\021\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 148; i++) {
+    for (int i = 0; i < 161; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 43) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13121,8 +14494,8 @@ static const char bytes[] = " (process  already are free in one piece (or all  a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 148; i < 157; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-148].length;
+    for (int i = 161; i < 171; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-161].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13132,15 +14505,15 @@ static const char bytes[] = " (process  already are free in one piece (or all  a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 157; i++) {
+    for (Py_ssize_t i = 0; i < 171; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 148;
-      for (Py_ssize_t i=0; i<9; ++i) {
+      PyObject **table = stringtab + 161;
+      for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13234,12 +14607,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 154};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 191};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 255};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -13249,29 +14622,34 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_size_of, __pyx_mstate->__pyx_kp_b_iso88591_k_8_1Cq_V1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_area, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_free, __pyx_mstate->__pyx_n_u_most};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_room, __pyx_mstate->__pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_area, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_free, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_total};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_room, __pyx_mstate->__pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 13, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_encoded, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_units, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_taken};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 77};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_encoded, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_units, __pyx_mstate->__pyx_n_u__8, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_vQa_xq_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_i};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_spoiled, __pyx_mstate->__pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_channel_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 356};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_name};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uCvWCuAQ_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -15154,104 +16532,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_float_int(PyObject *op1,
 }
 #endif
 
-/* PyObjectFormatAndDecref */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
-    if (unlikely(!s)) return NULL;
-    if (likely(PyUnicode_CheckExact(s))) return s;
-    return __Pyx_PyObject_FormatAndDecref(s, f);
-}
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
-    PyObject *result;
-    if (unlikely(!s)) return NULL;
-    result = PyObject_Format(s, f);
-    Py_DECREF(s);
-    return result;
-}
-
-/* PyUnicode_Unicode */
-static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
-    if (unlikely(obj == Py_None))
-        obj = __pyx_mstate_global->__pyx_kp_u_None;
-    return __Pyx_NewRef(obj);
-}
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
-
 /* RaiseException */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
     PyObject* owned_instance = NULL;
@@ -15799,6 +17079,20 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Multiply_object_object(PyObject *
 }
 #endif
 
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
+}
+
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {
     "00010203040506070809"
@@ -16041,6 +17335,90 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t val
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
+}
+
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
 }
 
 /* PyObjectFastCallMethod */
@@ -16368,6 +17746,239 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
     return __Pyx_GetItemInt_Generic_size(o, i);
 }
 
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (unsigned int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(unsigned int)*3+2];
+    char *dpos, *end = digits + sizeof(unsigned int)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    unsigned int remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (unsigned int) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (unsigned int) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (unsigned int) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* UnicodeConcatInPlace */
+# if CYTHON_COMPILING_IN_CPYTHON
+static int
+__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
+{
+    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
+        return 0;
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
+    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
+        return 0;
+#endif
+    if (!PyUnicode_CheckExact(unicode))
+        return 0;
+    if (PyUnicode_CHECK_INTERNED(unicode))
+        return 0;
+    return 1;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    ) {
+    PyObject *left = *p_left;
+    Py_ssize_t left_len, right_len, new_len;
+    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
+        return NULL;
+    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
+        return NULL;
+    left_len = PyUnicode_GET_LENGTH(left);
+    if (left_len == 0) {
+        Py_INCREF(right);
+        return right;
+    }
+    right_len = PyUnicode_GET_LENGTH(right);
+    if (right_len == 0) {
+        Py_INCREF(left);
+        return left;
+    }
+    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
+        PyErr_SetString(PyExc_OverflowError,
+                        "strings are too large to concat");
+        return NULL;
+    }
+    new_len = left_len + right_len;
+    if (left != right
+            && __Pyx_unicode_modifiable(left, unsafe_shared)
+            && PyUnicode_CheckExact(right)
+            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
+            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
+        int ret;
+        __Pyx_GIVEREF(*p_left);
+        ret = PyUnicode_Resize(p_left, new_len);
+        __Pyx_GOTREF(*p_left);
+        if (unlikely(ret != 0))
+            return NULL;
+        #if PY_VERSION_HEX >= 0x030d0000
+        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
+        #else
+        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
+        #endif
+        __Pyx_INCREF(*p_left);
+        __Pyx_GIVEREF(*p_left);
+        return *p_left;
+    } else {
+        return __Pyx_PyUnicode_Concat(left, right);
+    }
+  }
+#endif
+
+/* RaiseNoneIterError */
+static CYTHON_INLINE void __Pyx_RaiseNoneNotIterableError(void) {
+    PyErr_SetString(PyExc_TypeError, "'NoneType' object is not iterable");
+}
+
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
 /* PyObjectCompare */
 #ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
 #define __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
@@ -16420,6 +18031,68 @@ __pyx_return_true:
 __pyx_return_false:
     return 0;
 }
+
+/* RaiseErrorWithObjectType (used by ObjectGetItem) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* ObjectGetItem */
+#if CYTHON_USE_TYPE_SLOTS
+static PyObject *__Pyx_PyObject_GetIndex(PyObject *obj, PyObject *index) {
+    PyObject *runerr = NULL;
+    Py_ssize_t key_value;
+    key_value = __Pyx_PyIndex_AsSsize_t(index);
+    if (likely(key_value != -1 || !(runerr = PyErr_Occurred()))) {
+        return __Pyx_GetItemInt_Fast(obj, key_value, 1, 1, 1);
+    }
+    if (PyErr_GivenExceptionMatches(runerr, PyExc_OverflowError)) {
+        PyErr_Clear();
+        __Pyx_RaiseErrorWithObjectType(
+            PyExc_IndexError,
+            "cannot fit '" __Pyx_FMT_TYPENAME "' into an index-sized integer",
+            index);
+    }
+    return NULL;
+}
+static PyObject *__Pyx_PyObject_GetItem_Slow(PyObject *obj, PyObject *key) {
+    if (likely(PyType_Check(obj))) {
+        if ((PyTypeObject*)obj == &PyType_Type) {
+            return Py_GenericAlias(obj, key);
+        }
+        PyObject *meth = __Pyx_PyObject_GetAttrStrNoError(obj, __pyx_mstate_global->__pyx_n_u_class_getitem);
+        if (!meth) {
+            if (PyErr_Occurred()) {
+                return NULL;
+            }
+        } else {
+            PyObject *result = __Pyx_PyObject_CallOneArg(meth, key);
+            Py_DECREF(meth);
+            return result;
+        }
+    }
+    __Pyx_RaiseTypeErrorWithObjectType(
+        "'" __Pyx_FMT_TYPENAME "' object is not subscriptable", obj);
+    return NULL;
+}
+static PyObject *__Pyx_PyObject_GetItem(PyObject *obj, PyObject *key) {
+    PyTypeObject *tp = Py_TYPE(obj);
+    PyMappingMethods *mm = tp->tp_as_mapping;
+    PySequenceMethods *sm = tp->tp_as_sequence;
+    if (likely(mm && mm->mp_subscript)) {
+        return mm->mp_subscript(obj, key);
+    }
+    if (likely(sm && sm->sq_item)) {
+        return __Pyx_PyObject_GetIndex(obj, key);
+    }
+    return __Pyx_PyObject_GetItem_Slow(obj, key);
+}
+#endif
 
 /* pyfrozenset_new (used by py_set_discard_unhashable) */
 static PyObject* __Pyx_PyFrozenSet_New(PyObject* it) {
@@ -16484,11 +18157,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 #else
     return PyObject_CallMethodNoArgs(obj, method_name);
 #endif
-}
-
-/* RaiseNoneIterError (used by UnpackTupleError) */
-static CYTHON_INLINE void __Pyx_RaiseNoneNotIterableError(void) {
-    PyErr_SetString(PyExc_TypeError, "'NoneType' object is not iterable");
 }
 
 /* UnpackTupleError (used by UnpackTuple2) */
@@ -16925,87 +18593,40 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen) {
     Py_DECREF(new_exc);
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
-    }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
-
-/* RaiseErrorWithObjectType (used by RaiseMappingExpected) */
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
 /* RaiseMappingExpected */
 static void __Pyx_RaiseMappingExpectedError(PyObject* arg) {
     __Pyx_RaiseTypeErrorWithObjectType(
         "'" __Pyx_FMT_TYPENAME "' object is not a mapping", arg);
 }
+
+/* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
+    PyList_SET_ITEM(list, len, x);
+    Py_SET_SIZE(list, len + 1);
+}
+#endif
+
+/* ListCompAppendAndDecref */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    PyListObject* L = (PyListObject*) list;
+    Py_ssize_t len = Py_SIZE(list);
+    if (likely(L->allocated > len)) {
+        __Pyx__ListComp_AppendAndDecref(list, len, x);
+        return 0;
+    }
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#else
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#endif
 
 /* PyObjectCall2Args (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
@@ -17065,14 +18686,6 @@ static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObje
     }
     return result;
 }
-
-/* ListAppendAndDecrefInternal (used by ListAppend) */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
-    PyList_SET_ITEM(list, len, x);
-    Py_SET_SIZE(list, len + 1);
-}
-#endif
 
 /* ListAppend */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
@@ -21350,85 +22963,6 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_unsigned_int(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_unsigned_int(x);
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
     }
 }
 

@@ -13,7 +13,7 @@ from .membership cimport Membership
 
 import time
 
-from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+from ..errors import ChannelCorrupt, ChannelError, ChannelExists, NoSuchChannel, RegionError
 from ..memory.sizes import format_size
 from ..text import plain, quoted
 
@@ -60,17 +60,18 @@ def size_of(dict geometry):
 
 
 def room(Membership membership not None):
-    """Return (bytes of a unit, units, the most free units in a row) of the area."""
+    """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
     cdef ivshmem_area *area = &membership.member.area
-    cdef uint32_t unit, free = 0, most = 0
+    cdef uint32_t unit, free = 0, most = 0, total = 0
     membership.check()
     for unit in range(area.units):
         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
             free += 1
+            total += 1
             most = max(most, free)
         else:
             free = 0
-    return area.unit, area.units, most
+    return area.unit, area.units, total, most
 
 
 def create(Membership membership not None, str name, dict geometry, bytes text):
@@ -78,6 +79,7 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
 
     Raises:
         ChannelExists: there is one of that name; the message says whose it is.
+        ChannelCorrupt: as of `find`.
         ChannelError: no record is free, or not so much room in one piece.
         RegionError: the region is mapped for reading only.
         ValueError: a geometry that is not allowed.
@@ -99,9 +101,9 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
     if code == 0:
         return facts_of(&record)
     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
-        raise ChannelExists(f"there is a channel {name!r} already{whose(membership, name)}")
+        raise exists(membership, name)
     if code == IVSHMEM_NO_ROOM:
-        unit, units, most = room(membership)
+        unit, units, _, most = room(membership)
         size = size_of(geometry)
         taken = (size + unit - 1) // unit * unit
         raise ChannelError(
@@ -115,21 +117,56 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
     raise membership.fail(code, NULL, name)
 
 
-cdef str whose(Membership membership, str name):
-    """Say who made a channel and who uses it, as far as the memory tells."""
+cdef object exists(Membership membership, str name):
+    """Return the exception for a name that another process has taken."""
     cdef ivshmem_record record
-    cdef ivshmem_place maker
-    if not find_record(membership, name, &record):
-        return ", which another process is just making"
-    maker = ivshmem_place_of(record.state)
+    cdef int code = find_record(membership, name, &record)
+    if code == IVSHMEM_CORRUPT:
+        return is_spoiled(&record)
+    about = whose(membership, &record) if code == 0 else who_makes(membership, name)
+    return ChannelExists(f"there is a channel {name!r} already{about}")
+
+
+cdef tuple maker_of(Membership membership, uint64_t state):
+    """Return who made, or makes, a record, and the names of all places by number."""
+    cdef ivshmem_place maker = ivshmem_place_of(state)
     names = {}
     by = "a process that has left"
     for index, epoch, _, _, _, process, words in membership.places():
         names[index] = f"place {index} (process {process}, {plain(words)!r})"
         if index == maker.index and epoch == maker.epoch:
             by = names[index]
+    return by, names
+
+
+cdef str who_makes(Membership membership, str name):
+    """Say which process is making a channel, and whether it is at work."""
+    cdef char padded[IVSHMEM_CHANNEL_NAME]
+    cdef ivshmem_place maker
+    cdef uint64_t state
+    cdef unsigned i
+    pad(name, padded)
+    for i in range(membership.member.area.records):
+        state = ivshmem_record_holds(&membership.member.area, i, padded)
+        if ivshmem_flags(state) != IVSHMEM_MAKING:
+            continue
+        maker = ivshmem_place_of(state)
+        found = f", which {maker_of(membership, state)[0]} is just making"
+        if membership.is_silent(maker):
+            found += (
+                "; it shows no sign of life: if it will never run again, `ivshmem channel rm"
+                f" --place {maker.index}` ends that"
+            )
+        return found
+    return ", which another process was just making"
+
+
+cdef str whose(Membership membership, ivshmem_record *record):
+    """Say who made a channel and who uses it, as far as the memory tells."""
+    by, names = maker_of(membership, record.state)
+    name = (<bytes>record.name).decode(errors="replace")
     found = f", made by {by}"
-    ends = usage(membership, &record)
+    ends = usage(membership, record)
     users = {
         names[end[1]]
         for end in ends["writing"] + ends["reading"]
@@ -168,23 +205,61 @@ def find(Membership membership not None, str name):
     """Return the facts of the channel of that name.
 
     Raises:
-        NoSuchChannel: there is none; the message lists the names that are there.
+        NoSuchChannel: there is none.
+        ChannelCorrupt: its record is spoiled.
     """
     cdef ivshmem_record record
+    cdef int code
     membership.check()
-    if find_record(membership, name, &record):
+    code = find_record(membership, name, &record)
+    if code == 0:
         return facts_of(&record)
+    if code == IVSHMEM_CORRUPT:
+        raise is_spoiled(&record)
     raise NoSuchChannel(name)
 
 
-cdef bint find_record(Membership membership, str name, ivshmem_record *record):
-    cdef char padded[IVSHMEM_CHANNEL_NAME]
+cdef bint pad(str name, char *padded) except -1:
+    """Write a name as records have it; whether a channel can have it."""
     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
+    memset(padded, 0, IVSHMEM_CHANNEL_NAME)
     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
         return False
-    memset(padded, 0, IVSHMEM_CHANNEL_NAME)
     memcpy(padded, <const char *>encoded, len(encoded))
-    return ivshmem_find(&membership.member.area, padded, record) == 0
+    return True
+
+
+cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:
+    cdef char padded[IVSHMEM_CHANNEL_NAME]
+    if not pad(name, padded):
+        return IVSHMEM_NOT_FOUND
+    return ivshmem_find(&membership.member.area, padded, record)
+
+
+cdef object is_spoiled(ivshmem_record *record):
+    name = (<bytes>record.name).decode(errors="replace")
+    return ChannelCorrupt(
+        f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"
+        " that can write to the memory. Its memory stays set aside until `ivshmem channel rm"
+        f" --record {record.index} --force` removes it"
+    )
+
+
+def spoiled(Membership membership not None):
+    """Return what is known of channels whose records are spoiled."""
+    cdef ivshmem_record record
+    cdef unsigned i
+    membership.check()
+    return [
+        {
+            "index": record.index,
+            "state": record.state,
+            "name": (<bytes>record.name).decode(errors="replace"),
+            "maker": maker_of(membership, record.state)[0],
+        }
+        for i in range(membership.member.area.records)
+        if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT
+    ]
 
 
 def listing(Membership membership not None):
@@ -284,6 +359,7 @@ def remove(Membership membership not None, dict found not None, bint force):
     Raises:
         NoSuchChannel: it was removed before.
         ChannelError: it is in use, and `force` is false.
+        ChannelCorrupt: its record is spoiled, and `force` is false.
     """
     cdef ivshmem_record record
     cdef ivshmem_channel channel
@@ -293,9 +369,15 @@ def remove(Membership membership not None, dict found not None, bint force):
     if membership.mapping.fixed:
         raise RegionError("the region is mapped for reading only: no channel can be removed")
     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
-    if code or record.state != found["state"]:
+    if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
         raise NoSuchChannel(name)
-    ivshmem_channel_open(&channel, &membership.member.area, &record)
+    if code == IVSHMEM_CORRUPT:
+        if not force:
+            raise is_spoiled(&record)  # who uses it cannot be known
+        channel.area = membership.member.area
+        channel.record = record
+    else:
+        ivshmem_channel_open(&channel, &membership.member.area, &record)
     code = ivshmem_remove(&membership.member, &channel, force)
     if code == IVSHMEM_NOT_FOUND:
         raise NoSuchChannel(name)

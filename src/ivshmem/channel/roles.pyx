@@ -91,8 +91,8 @@ cdef class WriterEnd(ChannelEnd):
         code = ivshmem_writer_open(&self.writer)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
-                " reader has yet to read; create it with more writers"
+                f"channel {self.name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that"
+                " a reader has yet to read; create it with more writers"
             )
         if code:
             raise self.fail(code)
@@ -274,7 +274,8 @@ cdef class ReaderEnd(ChannelEnd):
         code = ivshmem_reader_open(&self.reader, history)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
+                f"channel {self.name!r}: {all_of(g.readers, 'reader')} open; create it with more"
+                " readers"
             )
         if code:
             raise self.fail(code)

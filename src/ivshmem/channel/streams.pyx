@@ -49,7 +49,8 @@ cdef class StreamListener(ChannelEnd):
         if code == IVSHMEM_TAKEN:
             most = self.channel.record.geometry.readers
             raise ChannelError(
-                f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+                f"channel {self.name!r}: {all_of(most, 'listener')} open; create it with more"
+                " listeners"
             )
         if code:
             raise self.fail(code)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 from .. import channel
 from ..channel.membership import NO_AREA
@@ -36,6 +38,13 @@ def _add_rm(parser: argparse.ArgumentParser) -> None:
         " (see `channel info`)",
     )
     parser.add_argument(
+        "--record",
+        metavar="N",
+        type=int,
+        help="with --force: remove a channel whose record is spoiled, by the number of the record"
+        " (see `channel info`)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="also if a process uses it. If that process still stores into the memory, it can"
@@ -45,11 +54,12 @@ def _add_rm(parser: argparse.ArgumentParser) -> None:
 
 def _ls(options: argparse.Namespace) -> int:
     with joined(options, "reads") as channels:
-        found = channels.list()
+        found, spoiled = channels.list(), channels.spoiled()
     if options.json:
-        print(json.dumps({"channels": [asdict(info) for info in found]}))
-    elif found:
-        print(*channel_text.listing(found), sep="\n")
+        print(json.dumps(_as_json(channels=found, spoiled=spoiled)))
+    elif found or spoiled:
+        lines = channel_text.listing(found) if found else []
+        print(*lines, *channel_text.spoiled_lines(spoiled), sep="\n")
     else:
         put = "ivshmem channel put NAME --create messages --limit 1K"
         print(f"ivshmem: no channels yet: a program makes one, or `{put}`", file=sys.stderr)
@@ -67,22 +77,35 @@ def _info(options: argparse.Namespace) -> int:
         found = [
             info for info in channels.list() if options.name is None or info.name == options.name
         ]
+        spoiled = channels.spoiled() if options.name is None else ()
         area = channel_text.area_facts(channels)
     if options.json:
-        shown = {
-            "area": area,
-            "places": [asdict(place) for place in places],
-            "channels": [asdict(info) for info in found],
-        }
-        print(json.dumps(shown))
+        print(
+            json.dumps({"area": area, **_as_json(places=places, channels=found, spoiled=spoiled)})
+        )
     else:
-        print(*channel_text.described(area, places, found), sep="\n")
+        lines = channel_text.described(area, places, found)
+        print(*lines, *channel_text.spoiled_lines(spoiled), sep="\n")
     return 0
 
 
+def _as_json(**found: Iterable[Any]) -> dict[str, list[dict[str, Any]]]:
+    return {what: [asdict(each) for each in several] for what, several in found.items()}
+
+
 def _rm(options: argparse.Namespace) -> int:
-    if (options.name is None) == (options.place is None):
-        raise ValueError("give the NAME of a channel, or --place N")
+    if [options.name, options.place, options.record].count(None) != 2:
+        raise ValueError("give the NAME of a channel, --place N, or --record N")
+    if options.record is not None:
+        if not options.force:
+            raise ValueError(
+                "--record N needs --force: it is not known which processes use the channel; give it"
+                " only if you know that none of them stores into its memory any more"
+            )
+        with joined(options) as channels:
+            channels.remove_spoiled(options.record)
+        print(f"the channel of record {options.record} was removed")
+        return 0
     if options.name is not None:
         with joined(options) as channels:
             try:

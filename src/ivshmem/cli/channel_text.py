@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..channel import ChannelInfo, Channels, PlaceInfo, records
+from ..channel import ChannelInfo, Channels, PlaceInfo, SpoiledInfo, records
 from ..memory.sizes import format_size, roughly
 from ..text import NAME, counted, plain
 from . import terminal
@@ -31,6 +31,15 @@ def listing(found: Iterable[ChannelInfo]) -> list[str]:
     """Return the table of channels, as wide as the terminal."""
     rows = [_HEAD, *map(_row, found)]
     return table(rows, right=_RIGHT, columns=terminal.columns(), expendable=_EXPENDABLE, squeezed=0)
+
+
+def spoiled_lines(found: Iterable[SpoiledInfo]) -> list[str]:
+    """Return a line about each channel whose record is spoiled."""
+    return [
+        f"record {each.record}, {each.name!r}, made by {each.maker}, is spoiled, and its memory set"
+        f" aside: `ivshmem channel rm --record {each.record} --force` frees it"
+        for each in found
+    ]
 
 
 def _row(info: ChannelInfo) -> Sequence[str]:
@@ -82,11 +91,10 @@ def rates_line(found: Sequence[dict[str, Any]]) -> str:
 
 def area_facts(channels: Channels) -> dict[str, int]:
     """Return the size of the area, and how much of it is free."""
-    unit, units, most = records.room(channels._member)
-    taken = sum(-(-info.size // unit) for info in channels.list())
+    unit, units, free, most = records.room(channels._member)
     return {
         "size": unit * units,
-        "free": unit * max(units - taken, 0),
+        "free": unit * free,
         "free_in_one_piece": unit * most,
     }
 

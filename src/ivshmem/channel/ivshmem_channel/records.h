@@ -93,7 +93,10 @@ static inline void ivshmem_store_bytes(const struct ivshmem_memory *memory, uint
     }
 }
 
-/* Copy a record and check it. IVSHMEM_NOT_FOUND: there is no channel, or not yet. */
+/* Copy a record and check it. IVSHMEM_NOT_FOUND: there is no channel, or not yet.
+ *
+ * IVSHMEM_CORRUPT: there is one, and another process has spoiled what its record says. It keeps its
+ * name and its memory until a process removes it by force: `index`, `state` and `name` are filled in. */
 static inline int ivshmem_record_read(const struct ivshmem_area *area, unsigned index,
                                       struct ivshmem_record *record)
 {
@@ -103,15 +106,23 @@ static inline int ivshmem_record_read(const struct ivshmem_area *area, unsigned 
     uint64_t frozen[IVSHMEM_FROZEN_WORDS];
     struct ivshmem_layout layout;
     struct ivshmem_geometry *g = &record->geometry;
+    uint64_t crc;
+    int ends;
     record->index = index;
     record->state = ivshmem_load(memory, at);
     if (ivshmem_flags(record->state) != IVSHMEM_READY)
         return IVSHMEM_NOT_FOUND;
+    ivshmem_load_barrier(memory);
     ivshmem_load_bytes(memory, at + IVSHMEM_RECORD_NAME, bytes, sizeof bytes);
-    if (ivshmem_load(memory, at + IVSHMEM_RECORD_CRC) != ivshmem_crc32(bytes, sizeof bytes) ||
-        ivshmem_load(memory, at) != record->state)
+    crc = ivshmem_load(memory, at + IVSHMEM_RECORD_CRC);
+    ivshmem_load_barrier(memory);
+    if (ivshmem_load(memory, at) != record->state)
         return IVSHMEM_NOT_FOUND;
     IVSHMEM_COPY(record->name, bytes, sizeof record->name);
+    ends = record->name[IVSHMEM_CHANNEL_NAME - 1] == 0;
+    record->name[IVSHMEM_CHANNEL_NAME - 1] = 0;
+    if (crc != ivshmem_crc32(bytes, sizeof bytes))
+        return IVSHMEM_CORRUPT;
     IVSHMEM_COPY(frozen, bytes + (IVSHMEM_RECORD_FROZEN - IVSHMEM_RECORD_NAME), sizeof frozen);
     IVSHMEM_COPY(record->type, bytes + (IVSHMEM_RECORD_TYPE - IVSHMEM_RECORD_NAME),
                  sizeof record->type);
@@ -127,11 +138,11 @@ static inline int ivshmem_record_read(const struct ivshmem_area *area, unsigned 
     record->first_unit = (uint32_t)frozen[5];
     record->units = (uint32_t)(frozen[5] >> 32);
     record->created = frozen[6];
-    if (record->name[0] == 0 || record->name[IVSHMEM_CHANNEL_NAME - 1] != 0 ||
+    if (record->name[0] == 0 || !ends ||
         record->type[IVSHMEM_CHANNEL_TYPE - 1] != 0 || ivshmem_lay_out(g, &layout) != 0 ||
         record->units > area->units || record->first_unit > area->units - record->units ||
         layout.size > record->units * area->unit)
-        return IVSHMEM_NOT_FOUND;
+        return IVSHMEM_CORRUPT;
     return 0;
 }
 
@@ -233,11 +244,25 @@ static inline int ivshmem_record_is_named(const struct ivshmem_area *area, unsig
     return 1;
 }
 
+/* The state of a record that has this name, or will have it; 0: it has another name, or is free. */
+static inline uint64_t ivshmem_record_holds(const struct ivshmem_area *area, unsigned index,
+                                            const char *name)
+{
+    uint64_t at = ivshmem_record_at(area, index);
+    uint64_t state = ivshmem_load(&area->memory, at);
+    uint64_t named = ivshmem_load(&area->memory, at + IVSHMEM_RECORD_NAMED);
+    if (ivshmem_epoch(named) != ivshmem_epoch(state) ||
+        (ivshmem_flags(state) != IVSHMEM_MAKING && ivshmem_flags(state) != IVSHMEM_READY) ||
+        !ivshmem_record_is_named(area, index, name))
+        return 0;
+    return state;
+}
+
 /* Create a channel; `wanted` has name (padded with zeros), geometry, type and created.
  *
  * IVSHMEM_TAKEN: there is one of that name; of which place, ivshmem_place_of tells by the state of
- * the record that ivshmem_find finds. IVSHMEM_AGAIN: another process is just creating one: try
- * again later. IVSHMEM_NO_ROOM: no record, or no units in a row, are free.
+ * the record that ivshmem_find finds, or finds spoiled. IVSHMEM_AGAIN: another process is just
+ * creating one: try again later. IVSHMEM_NO_ROOM: no record, or no units in a row, are free.
  */
 static inline int ivshmem_create(const struct ivshmem_member *member,
                                  struct ivshmem_record *wanted)
@@ -278,12 +303,9 @@ static inline int ivshmem_create(const struct ivshmem_member *member,
     /* Of two that create one name, at least one sees the other from here on. */
     ivshmem_full_fence(memory);
     for (unsigned other = 0; other < area->records; other++) {
-        uint64_t state = ivshmem_load(memory, ivshmem_record_at(area, other));
-        uint64_t named =
-            ivshmem_load(memory, ivshmem_record_at(area, other) + IVSHMEM_RECORD_NAMED);
-        if (other == index || ivshmem_epoch(named) != ivshmem_epoch(state) ||
-            (ivshmem_flags(state) != IVSHMEM_MAKING && ivshmem_flags(state) != IVSHMEM_READY) ||
-            !ivshmem_record_is_named(area, other, wanted->name))
+        uint64_t state =
+            other == index ? 0 : ivshmem_record_holds(area, other, wanted->name);
+        if (state == 0)
             continue;
         /* Two creators that see each other both give up, and try again later. */
         ivshmem_record_free(area, index, wanted->state);
@@ -333,18 +355,29 @@ static inline void ivshmem_channel_open(struct ivshmem_channel *channel,
     channel->fault.word = NULL;
 }
 
-/* Find a channel by its name, 64 bytes padded with zeros. */
+/* Find a channel by its name, 64 bytes padded with zeros. IVSHMEM_CORRUPT: its record is spoiled, as
+ * ivshmem_record_read says. */
 static inline int ivshmem_find(const struct ivshmem_area *area, const char *name,
                                struct ivshmem_record *record)
 {
+    unsigned spoiled = area->records;
     for (unsigned index = 0; index < area->records; index++) {
-        if (ivshmem_record_read(area, index, record) != 0)
+        int code = ivshmem_record_read(area, index, record);
+        unsigned i = 0;
+        if (code == IVSHMEM_NOT_FOUND)
             continue;
-        for (unsigned i = 0; i < IVSHMEM_CHANNEL_NAME && record->name[i] == name[i]; i++)
-            if (i == IVSHMEM_CHANNEL_NAME - 1)
-                return 0;
+        while (i < IVSHMEM_CHANNEL_NAME && record->name[i] == name[i])
+            i++;
+        if (i < IVSHMEM_CHANNEL_NAME)
+            continue;
+        if (code == 0)
+            return 0;
+        spoiled = index; /* another one may have this name in truth */
     }
-    return IVSHMEM_NOT_FOUND;
+    return spoiled < area->records &&
+                   ivshmem_record_read(area, spoiled, record) == IVSHMEM_CORRUPT
+               ? IVSHMEM_CORRUPT
+               : IVSHMEM_NOT_FOUND;
 }
 
 #endif
