@@ -554,6 +554,68 @@ def test_names_and_types(channels: Channels) -> None:
     assert channels.list() == []
 
 
+MADE: dict[str, Any] = {"limit": 8, "overflow": "block", "views": 2}
+DIFFER: dict[str, tuple[Any, str]] = {
+    "limit": (9, "limit 8 and not 9"),
+    "slots": (32, "slots 16 and not 32"),
+    "writers": (2, "writers 4 and not 2"),
+    "readers": (2, "readers 8 and not 2"),
+    "loans": (4, "loans 1 and not 4"),
+    "views": (3, "views 2 and not 3"),
+    "overflow": (("block", "discard"), "overflow block and not block, discard"),
+    "times": (True, "times False and not True"),
+    "ring_always": (True, "ring_always False and not True"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFER)
+def test_a_channel_that_is_there_and_differs(channels: Channels, what: str) -> None:
+    channels.create_messages("a", **MADE)
+    channels.create_messages("a", **MADE, exist_ok=True)
+    wanted, said = DIFFER[what]
+    with pytest.raises(channel.ChannelExists, match=f"^channel 'a' is there, with {said}$"):
+        channels.create_messages("a", **{**MADE, what: wanted}, exist_ok=True)
+
+
+def test_a_channel_of_another_kind_that_differs(channels: Channels) -> None:
+    """The words are those of its arguments."""
+    channels.create_bytes("bytes", buffer=64)
+    with pytest.raises(channel.ChannelExists, match="buffer 64 and not 128"):
+        channels.create_bytes("bytes", buffer=100, exist_ok=True)
+    channels.create_calls("calls", limit=8)
+    with pytest.raises(channel.ChannelExists, match="callers 8 and not 2"):
+        channels.create_calls("calls", limit=8, callers=2, exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "said"),
+    [
+        ("messages", {"writers": 0}, "writers 0: 1 to 64 are possible"),
+        ("messages", {"writers": 65}, "writers 65: 1 to 64 are possible"),
+        ("messages", {"readers": 65}, "readers 65: 0 to 64 are possible"),
+        ("messages", {"slots": 0}, "slots 0: 1 or more are needed"),
+        ("messages", {"slots": 1 << 20}, "slots 1048576: 1 to 65536 are possible"),
+        ("messages", {"loans": 256}, "loans 256: 0 to 255 are possible"),
+        ("messages", {"loans": -1}, "loans -1: 0 to 255 are possible"),
+        ("messages", {"views": 99}, "views 99: 1 to 16 are possible"),
+        ("messages", {"views": 0}, "views 0: 1 to 16 are possible"),
+        ("messages", {"slots": 1 << 16, "overflow": "discard"}, "131072 cells"),
+        ("calls", {"callers": 65}, "callers 65: 1 to 64 are possible"),
+        ("calls", {"servers": 65}, "servers 65: 0 to 64 are possible"),
+        ("bytes", {"connections": 4097}, "connections 4097: 1 to 4096 are possible"),
+        ("bytes", {"listeners": 0}, "listeners 0: 1 to 64 are possible"),
+        ("bytes", {"buffer": 1 << 31}, "buffer 2147483648: 64 to 1073741824 are possible"),
+    ],
+)
+def test_a_number_that_is_not_allowed(
+    channels: Channels, kind: str, numbers: dict[str, Any], said: str
+) -> None:
+    limit = {} if kind == "bytes" else {"limit": 8}
+    with pytest.raises(ValueError, match=said):
+        getattr(channels, f"create_{kind}")("a", **limit, **numbers)
+    assert channels.list() == []
+
+
 def test_a_name_that_is_taken(region: Region, channels: Channels) -> None:
     """The error says by whom, as far as the memory tells."""
 

@@ -6,7 +6,6 @@ waits (membership.pyx).
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 import threading
@@ -24,7 +23,15 @@ from ..peer.endpoint import Endpoint
 from ..system.uncopied import Uncopied
 from ..text import plain
 from . import records
-from .geometry import MOST, check_name, check_same, options_of, power, type_and_limit
+from .geometry import (
+    MOST,
+    check_name,
+    check_numbers,
+    check_same,
+    options_of,
+    power,
+    type_and_limit,
+)
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, SpoiledInfo, WriterInfo
 from .kinds import KINDS, Bytes, Calls, Channel, Messages, Queue, Value
 from .membership import NO_AREA, Membership
@@ -149,13 +156,13 @@ class Channels(Uncopied):
             ring_always: writers on a host ring the vector that they use of every peer at each
                 message, so that processes that can only read need not poll. (A guest does not know
                 all peers: while a guest writes, such processes poll.)
-            exist_ok: if there is such a channel, open it. It is an error if it is of another kind,
-                type or geometry.
+            exist_ok: if there is such a channel, open it. It is an error if it is of another kind
+                or type, or if one of these numbers or options differs.
 
         Raises:
             ChannelExists: there is a channel of that name; the message says who made and uses it.
-                With `exist_ok`: it has another geometry; or a process that has begun to make it
-                does not end with that, within three seconds: the message says which.
+                With `exist_ok`: it has another number or option; or a process that has begun to
+                make it does not end with that, within three seconds: the message says which.
             ChannelCorrupt: there is one whose record is spoiled.
             ChannelError: there is no room for it.
             ChannelTypeError: a type that is not allowed; with `exist_ok`: another one is there.
@@ -176,9 +183,9 @@ class Channels(Uncopied):
             options=options_of(times, ring_always),
             writers=writers,
             readers=readers,
-            slots=power(slots),
+            slots=power("slots", slots),
             loans=loans + 1,  # one for `put`, while the program has its own
-            views=power(slots) if views is None else views,
+            views=power("slots", slots) if views is None else views,
             limit=most,
         )
 
@@ -211,7 +218,7 @@ class Channels(Uncopied):
             options=options_of(times),
             writers=writers,
             readers=readers,
-            slots=power(slots),
+            slots=power("slots", slots),
             loans=loans + 1,
             views=1,
             limit=most,
@@ -279,7 +286,7 @@ class Channels(Uncopied):
             options=0,
             writers=callers,
             readers=servers,
-            slots=power(slots),
+            slots=power("slots", slots),
             loans=2,
             views=1,
             limit=most,
@@ -314,7 +321,7 @@ class Channels(Uncopied):
             options=0,
             writers=connections,
             readers=listeners,
-            slots=max(power(buffer), 64),
+            slots=max(power("buffer", buffer), 64),
             loans=1,
             views=1,
             limit=1,
@@ -322,9 +329,7 @@ class Channels(Uncopied):
 
     def _create(self, kind: type[_C], name: str, text: str, exist_ok: bool, **geometry: int) -> _C:
         check_name(name)
-        for what, number in geometry.items():
-            if not 0 <= operator.index(number) < 1 << 32:
-                raise ValueError(f"{what} {number}: 0 to {(1 << 32) - 1} are possible")
+        check_numbers(kind.kind, geometry)
         geometry["kind"] = records.KINDS[kind.kind]
         patience = time.monotonic() + _PATIENCE
         while True:

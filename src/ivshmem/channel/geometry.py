@@ -13,16 +13,22 @@ from ..text import plain
 from . import records, types
 
 MOST = (1 << 31) - 64  # bytes of a message
+_NUMBERS = ("limit", "slots", "writers", "readers", "loans", "views")
+# What a creator calls them, where that is another word.
+_ARGUMENTS = {
+    "calls": {"writers": "callers", "readers": "servers"},
+    "bytes": {"writers": "connections", "readers": "listeners", "slots": "buffer"},
+}
 
 
-def power(number: int) -> int:
+def power(what: str, number: int) -> int:
     """Return the least power of two that is not less.
 
     Raises:
         ValueError: the number is less than 1.
     """
     if operator.index(number) < 1:
-        raise ValueError(f"{number}: 1 or more are needed")
+        raise ValueError(f"{what} {number}: 1 or more are needed")
     return 1 << max(operator.index(number) - 1, 0).bit_length()
 
 
@@ -46,11 +52,45 @@ def check_same(
             f"channel {name!r} is there, of kind {found['kind']} and type {plain(found['type'])!r};"
             f" wanted was kind {kind}, type {text!r}"
         )
-    for what in ("limit", "slots", "writers", "readers", "views"):
-        if found[what] != geometry[what]:
-            raise ChannelExists(
-                f"channel {name!r} is there, with {what} {found[what]} and not {geometry[what]}"
+    wanted = {
+        **geometry,
+        "overflow": tuple(
+            way for way, bit in records.OVERFLOW.items() if geometry["overflow"] & bit
+        ),
+        **{name: bool(geometry["options"] & bit) for name, bit in records.OPTIONS.items()},
+    }
+    for what in (*_NUMBERS, "overflow", *records.OPTIONS):
+        if found[what] != wanted[what]:
+            word, there = _shown(kind, what, found[what])
+            _, other = _shown(kind, what, wanted[what])
+            raise ChannelExists(f"channel {name!r} is there, with {word} {there} and not {other}")
+
+
+def check_numbers(kind: str, geometry: dict[str, int]) -> None:
+    """Check the numbers of a channel that is to be created.
+
+    Raises:
+        TypeError, ValueError: one is not allowed; the message says what is.
+    """
+    of_bytes = kind == "bytes"
+    limits = dict(records.NUMBERS_OF_BYTES if of_bytes else records.NUMBERS)
+    if not of_bytes:
+        limits["views"] = (1, geometry["slots"])
+    for what, limit in limits.items():
+        if not limit[0] <= operator.index(geometry[what]) <= limit[1]:
+            (word, given), (_, least), (_, most) = (
+                _shown(kind, what, number) for number in (geometry[what], *limit)
             )
+            raise ValueError(f"{word} {given}: {least} to {most} are possible")
+
+
+def _shown(kind: str, what: str, value: Any) -> tuple[str, Any]:
+    """Return the word for a fact of a geometry, and its value, as a creator says them."""
+    if what == "loans":
+        value -= 1  # the one of `put`, which a creator does not count
+    elif what == "overflow":
+        value = ", ".join(value) or "none"
+    return _ARGUMENTS.get(kind, {}).get(what, what), value
 
 
 def check_name(name: str) -> None:

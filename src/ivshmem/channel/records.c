@@ -2254,7 +2254,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "ivshmem/channel/records.pyx":37
+/* "ivshmem/channel/records.pyx":49
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2540,7 +2540,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ivshmem/channel/records.pyx":183
+/* "ivshmem/channel/records.pyx":199
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2553,7 +2553,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 };
 
 
-/* "ivshmem/channel/records.pyx":191
+/* "ivshmem/channel/records.pyx":207
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -2573,7 +2573,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
 };
 
 
-/* "ivshmem/channel/records.pyx":279
+/* "ivshmem/channel/records.pyx":295
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2586,7 +2586,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":330
+/* "ivshmem/channel/records.pyx":346
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -3574,6 +3574,15 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char);
+
 /* PyUnicode_Unicode.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
@@ -4559,8 +4568,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[9];
-    PyObject *__pyx_string_tab[171];
-    PyObject *__pyx_number_tab[4];
+    PyObject *__pyx_string_tab[174];
+    PyObject *__pyx_number_tab[5];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4643,175 +4652,179 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_already __pyx_string_tab[3]
 #define __pyx_kp_u_are_free_in_one_piece_or_all __pyx_string_tab[4]
 #define __pyx_kp_u_at_most __pyx_string_tab[5]
-#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[6]
-#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[7]
-#define __pyx_kp_u_is_just_making __pyx_string_tab[8]
-#define __pyx_kp_u__3 __pyx_string_tab[9]
-#define __pyx_kp_u__2 __pyx_string_tab[10]
-#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[11]
-#define __pyx_kp_u_is_spoiled_by_some_process_that __pyx_string_tab[12]
-#define __pyx_kp_u_made_by __pyx_string_tab[13]
-#define __pyx_kp_u_used_by __pyx_string_tab[14]
-#define __pyx_kp_u_used_by_nobody_ivshmem_channel __pyx_string_tab[15]
-#define __pyx_kp_u_which __pyx_string_tab[16]
-#define __pyx_kp_u_which_another_process_was_just __pyx_string_tab[17]
-#define __pyx_kp_u__5 __pyx_string_tab[18]
-#define __pyx_kp_u_a_geometry_that_is_not_allowed __pyx_string_tab[19]
-#define __pyx_kp_u_it_takes __pyx_string_tab[20]
-#define __pyx_kp_u_its_record_number __pyx_string_tab[21]
-#define __pyx_kp_u_it_shows_no_sign_of_life_if_it __pyx_string_tab[22]
-#define __pyx_kp_u_ __pyx_string_tab[23]
-#define __pyx_kp_u_None __pyx_string_tab[24]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[25]
-#define __pyx_kp_u_ends_that __pyx_string_tab[26]
-#define __pyx_kp_u_removes_it __pyx_string_tab[27]
-#define __pyx_kp_u_a_process_that_has_left __pyx_string_tab[28]
-#define __pyx_kp_u_add_note __pyx_string_tab[29]
-#define __pyx_kp_u_channel __pyx_string_tab[30]
-#define __pyx_kp_u_disable __pyx_string_tab[31]
-#define __pyx_kp_u_enable __pyx_string_tab[32]
-#define __pyx_kp_u_gc __pyx_string_tab[33]
-#define __pyx_kp_u_isenabled __pyx_string_tab[34]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[35]
-#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[36]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[37]
-#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[38]
-#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[39]
-#define __pyx_kp_u_place __pyx_string_tab[40]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[41]
-#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[42]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[43]
-#define __pyx_n_u_ChannelError __pyx_string_tab[44]
-#define __pyx_n_u_ChannelExists __pyx_string_tab[45]
-#define __pyx_n_u_KINDS __pyx_string_tab[46]
-#define __pyx_n_u_NAME_BYTES __pyx_string_tab[47]
-#define __pyx_n_u_NoSuchChannel __pyx_string_tab[48]
-#define __pyx_n_u_OPTIONS __pyx_string_tab[49]
-#define __pyx_n_u_OVERFLOW __pyx_string_tab[50]
-#define __pyx_n_u_RegionError __pyx_string_tab[51]
-#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[52]
-#define __pyx_n_u__8 __pyx_string_tab[53]
-#define __pyx_n_u_NAMES __pyx_string_tab[54]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[55]
-#define __pyx_n_u_annotate __pyx_string_tab[56]
-#define __pyx_n_u_class_getitem __pyx_string_tab[57]
-#define __pyx_n_u_func __pyx_string_tab[58]
-#define __pyx_n_u_main __pyx_string_tab[59]
-#define __pyx_n_u_module __pyx_string_tab[60]
-#define __pyx_n_u_name_2 __pyx_string_tab[61]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[62]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[63]
-#define __pyx_n_u_qualname __pyx_string_tab[64]
-#define __pyx_n_u_test __pyx_string_tab[65]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[66]
-#define __pyx_n_u_append __pyx_string_tab[67]
-#define __pyx_n_u_area __pyx_string_tab[68]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[69]
-#define __pyx_n_u_backslashreplace __pyx_string_tab[70]
-#define __pyx_n_u_bit __pyx_string_tab[71]
-#define __pyx_n_u_block __pyx_string_tab[72]
-#define __pyx_n_u_bytes __pyx_string_tab[73]
-#define __pyx_n_u_calls __pyx_string_tab[74]
-#define __pyx_n_u_channel_2 __pyx_string_tab[75]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[76]
-#define __pyx_n_u_close __pyx_string_tab[77]
-#define __pyx_n_u_closing __pyx_string_tab[78]
-#define __pyx_n_u_code __pyx_string_tab[79]
-#define __pyx_n_u_connections __pyx_string_tab[80]
-#define __pyx_n_u_create __pyx_string_tab[81]
-#define __pyx_n_u_created __pyx_string_tab[82]
-#define __pyx_n_u_decode __pyx_string_tab[83]
-#define __pyx_n_u_discard __pyx_string_tab[84]
-#define __pyx_n_u_encode __pyx_string_tab[85]
-#define __pyx_n_u_encoded __pyx_string_tab[86]
-#define __pyx_n_u_errors __pyx_string_tab[87]
-#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[88]
-#define __pyx_n_u_find __pyx_string_tab[89]
-#define __pyx_n_u_force __pyx_string_tab[90]
-#define __pyx_n_u_format_size __pyx_string_tab[91]
-#define __pyx_n_u_found __pyx_string_tab[92]
-#define __pyx_n_u_free __pyx_string_tab[93]
-#define __pyx_n_u_g __pyx_string_tab[94]
-#define __pyx_n_u_genexpr __pyx_string_tab[95]
-#define __pyx_n_u_geometry __pyx_string_tab[96]
-#define __pyx_n_u_get __pyx_string_tab[97]
-#define __pyx_n_u_gone __pyx_string_tab[98]
-#define __pyx_n_u_i __pyx_string_tab[99]
-#define __pyx_n_u_index __pyx_string_tab[100]
-#define __pyx_n_u_items __pyx_string_tab[101]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[102]
-#define __pyx_n_u_kind __pyx_string_tab[103]
-#define __pyx_n_u_layout __pyx_string_tab[104]
-#define __pyx_n_u_limit __pyx_string_tab[105]
-#define __pyx_n_u_listing __pyx_string_tab[106]
-#define __pyx_n_u_loans __pyx_string_tab[107]
-#define __pyx_n_u_maker __pyx_string_tab[108]
-#define __pyx_n_u_membership __pyx_string_tab[109]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[110]
-#define __pyx_n_u_messages __pyx_string_tab[111]
-#define __pyx_n_u_most __pyx_string_tab[112]
-#define __pyx_n_u_n __pyx_string_tab[113]
-#define __pyx_n_u_name __pyx_string_tab[114]
-#define __pyx_n_u_next __pyx_string_tab[115]
-#define __pyx_n_u_open __pyx_string_tab[116]
-#define __pyx_n_u_options __pyx_string_tab[117]
-#define __pyx_n_u_overflow __pyx_string_tab[118]
-#define __pyx_n_u_overwrite __pyx_string_tab[119]
-#define __pyx_n_u_places __pyx_string_tab[120]
-#define __pyx_n_u_plain __pyx_string_tab[121]
-#define __pyx_n_u_pop __pyx_string_tab[122]
-#define __pyx_n_u_published __pyx_string_tab[123]
-#define __pyx_n_u_queue __pyx_string_tab[124]
-#define __pyx_n_u_quoted __pyx_string_tab[125]
-#define __pyx_n_u_readers __pyx_string_tab[126]
-#define __pyx_n_u_reading __pyx_string_tab[127]
-#define __pyx_n_u_record __pyx_string_tab[128]
-#define __pyx_n_u_remove __pyx_string_tab[129]
-#define __pyx_n_u_replace __pyx_string_tab[130]
-#define __pyx_n_u_ring_always __pyx_string_tab[131]
-#define __pyx_n_u_room __pyx_string_tab[132]
-#define __pyx_n_u_send __pyx_string_tab[133]
-#define __pyx_n_u_setdefault __pyx_string_tab[134]
-#define __pyx_n_u_silent __pyx_string_tab[135]
-#define __pyx_n_u_size __pyx_string_tab[136]
-#define __pyx_n_u_size_of __pyx_string_tab[137]
-#define __pyx_n_u_sleep __pyx_string_tab[138]
-#define __pyx_n_u_slots __pyx_string_tab[139]
-#define __pyx_n_u_spoiled __pyx_string_tab[140]
-#define __pyx_n_u_state __pyx_string_tab[141]
-#define __pyx_n_u_taken __pyx_string_tab[142]
-#define __pyx_n_u_text __pyx_string_tab[143]
-#define __pyx_n_u_throw __pyx_string_tab[144]
-#define __pyx_n_u_time __pyx_string_tab[145]
-#define __pyx_n_u_time_ns __pyx_string_tab[146]
-#define __pyx_n_u_times __pyx_string_tab[147]
-#define __pyx_n_u_total __pyx_string_tab[148]
-#define __pyx_n_u_tries __pyx_string_tab[149]
-#define __pyx_n_u_type __pyx_string_tab[150]
-#define __pyx_n_u_unfinished __pyx_string_tab[151]
-#define __pyx_n_u_unit __pyx_string_tab[152]
-#define __pyx_n_u_units __pyx_string_tab[153]
-#define __pyx_n_u_update __pyx_string_tab[154]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[155]
-#define __pyx_n_u_value __pyx_string_tab[156]
-#define __pyx_n_u_values __pyx_string_tab[157]
-#define __pyx_n_u_views __pyx_string_tab[158]
-#define __pyx_n_u_writers __pyx_string_tab[159]
-#define __pyx_n_u_writing __pyx_string_tab[160]
-#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[170]
+#define __pyx_kp_u_cells_that_are_possible_slots_l __pyx_string_tab[6]
+#define __pyx_kp_u_channels_exist_that_it_can_have __pyx_string_tab[7]
+#define __pyx_kp_u_is_in_use_ivshmem_channel_info __pyx_string_tab[8]
+#define __pyx_kp_u_is_just_making __pyx_string_tab[9]
+#define __pyx_kp_u__3 __pyx_string_tab[10]
+#define __pyx_kp_u__2 __pyx_string_tab[11]
+#define __pyx_kp_u_and_of_the_area_s __pyx_string_tab[12]
+#define __pyx_kp_u_is_spoiled_by_some_process_that __pyx_string_tab[13]
+#define __pyx_kp_u_made_by __pyx_string_tab[14]
+#define __pyx_kp_u_used_by __pyx_string_tab[15]
+#define __pyx_kp_u_used_by_nobody_ivshmem_channel __pyx_string_tab[16]
+#define __pyx_kp_u_which __pyx_string_tab[17]
+#define __pyx_kp_u_which_another_process_was_just __pyx_string_tab[18]
+#define __pyx_kp_u__5 __pyx_string_tab[19]
+#define __pyx_kp_u_for_each_writer_it_would_need_m __pyx_string_tab[20]
+#define __pyx_kp_u_it_takes __pyx_string_tab[21]
+#define __pyx_kp_u_its_record_number __pyx_string_tab[22]
+#define __pyx_kp_u_it_shows_no_sign_of_life_if_it __pyx_string_tab[23]
+#define __pyx_kp_u_ __pyx_string_tab[24]
+#define __pyx_kp_u_None __pyx_string_tab[25]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[26]
+#define __pyx_kp_u_ends_that __pyx_string_tab[27]
+#define __pyx_kp_u_removes_it __pyx_string_tab[28]
+#define __pyx_kp_u_a_process_that_has_left __pyx_string_tab[29]
+#define __pyx_kp_u_add_note __pyx_string_tab[30]
+#define __pyx_kp_u_channel __pyx_string_tab[31]
+#define __pyx_kp_u_disable __pyx_string_tab[32]
+#define __pyx_kp_u_enable __pyx_string_tab[33]
+#define __pyx_kp_u_gc __pyx_string_tab[34]
+#define __pyx_kp_u_isenabled __pyx_string_tab[35]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[36]
+#define __pyx_kp_u_ivshmem_memory_sizes __pyx_string_tab[37]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[38]
+#define __pyx_kp_u_ivshmem_channel_records_pyx __pyx_string_tab[39]
+#define __pyx_kp_u_no_room_for_channel __pyx_string_tab[40]
+#define __pyx_kp_u_place __pyx_string_tab[41]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[42]
+#define __pyx_kp_u_there_is_a_channel __pyx_string_tab[43]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[44]
+#define __pyx_n_u_ChannelError __pyx_string_tab[45]
+#define __pyx_n_u_ChannelExists __pyx_string_tab[46]
+#define __pyx_n_u_KINDS __pyx_string_tab[47]
+#define __pyx_n_u_NAME_BYTES __pyx_string_tab[48]
+#define __pyx_n_u_NUMBERS __pyx_string_tab[49]
+#define __pyx_n_u_NUMBERS_OF_BYTES __pyx_string_tab[50]
+#define __pyx_n_u_NoSuchChannel __pyx_string_tab[51]
+#define __pyx_n_u_OPTIONS __pyx_string_tab[52]
+#define __pyx_n_u_OVERFLOW __pyx_string_tab[53]
+#define __pyx_n_u_RegionError __pyx_string_tab[54]
+#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[55]
+#define __pyx_n_u__8 __pyx_string_tab[56]
+#define __pyx_n_u_NAMES __pyx_string_tab[57]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[58]
+#define __pyx_n_u_annotate __pyx_string_tab[59]
+#define __pyx_n_u_class_getitem __pyx_string_tab[60]
+#define __pyx_n_u_func __pyx_string_tab[61]
+#define __pyx_n_u_main __pyx_string_tab[62]
+#define __pyx_n_u_module __pyx_string_tab[63]
+#define __pyx_n_u_name_2 __pyx_string_tab[64]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[65]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[66]
+#define __pyx_n_u_qualname __pyx_string_tab[67]
+#define __pyx_n_u_test __pyx_string_tab[68]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[69]
+#define __pyx_n_u_append __pyx_string_tab[70]
+#define __pyx_n_u_area __pyx_string_tab[71]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[72]
+#define __pyx_n_u_backslashreplace __pyx_string_tab[73]
+#define __pyx_n_u_bit __pyx_string_tab[74]
+#define __pyx_n_u_block __pyx_string_tab[75]
+#define __pyx_n_u_bytes __pyx_string_tab[76]
+#define __pyx_n_u_calls __pyx_string_tab[77]
+#define __pyx_n_u_channel_2 __pyx_string_tab[78]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[79]
+#define __pyx_n_u_close __pyx_string_tab[80]
+#define __pyx_n_u_closing __pyx_string_tab[81]
+#define __pyx_n_u_code __pyx_string_tab[82]
+#define __pyx_n_u_connections __pyx_string_tab[83]
+#define __pyx_n_u_create __pyx_string_tab[84]
+#define __pyx_n_u_created __pyx_string_tab[85]
+#define __pyx_n_u_decode __pyx_string_tab[86]
+#define __pyx_n_u_discard __pyx_string_tab[87]
+#define __pyx_n_u_encode __pyx_string_tab[88]
+#define __pyx_n_u_encoded __pyx_string_tab[89]
+#define __pyx_n_u_errors __pyx_string_tab[90]
+#define __pyx_n_u_facts_of_locals_genexpr __pyx_string_tab[91]
+#define __pyx_n_u_find __pyx_string_tab[92]
+#define __pyx_n_u_force __pyx_string_tab[93]
+#define __pyx_n_u_format_size __pyx_string_tab[94]
+#define __pyx_n_u_found __pyx_string_tab[95]
+#define __pyx_n_u_free __pyx_string_tab[96]
+#define __pyx_n_u_g __pyx_string_tab[97]
+#define __pyx_n_u_genexpr __pyx_string_tab[98]
+#define __pyx_n_u_geometry __pyx_string_tab[99]
+#define __pyx_n_u_get __pyx_string_tab[100]
+#define __pyx_n_u_gone __pyx_string_tab[101]
+#define __pyx_n_u_i __pyx_string_tab[102]
+#define __pyx_n_u_index __pyx_string_tab[103]
+#define __pyx_n_u_items __pyx_string_tab[104]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[105]
+#define __pyx_n_u_kind __pyx_string_tab[106]
+#define __pyx_n_u_layout __pyx_string_tab[107]
+#define __pyx_n_u_limit __pyx_string_tab[108]
+#define __pyx_n_u_listing __pyx_string_tab[109]
+#define __pyx_n_u_loans __pyx_string_tab[110]
+#define __pyx_n_u_maker __pyx_string_tab[111]
+#define __pyx_n_u_membership __pyx_string_tab[112]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[113]
+#define __pyx_n_u_messages __pyx_string_tab[114]
+#define __pyx_n_u_most __pyx_string_tab[115]
+#define __pyx_n_u_n __pyx_string_tab[116]
+#define __pyx_n_u_name __pyx_string_tab[117]
+#define __pyx_n_u_next __pyx_string_tab[118]
+#define __pyx_n_u_open __pyx_string_tab[119]
+#define __pyx_n_u_options __pyx_string_tab[120]
+#define __pyx_n_u_overflow __pyx_string_tab[121]
+#define __pyx_n_u_overwrite __pyx_string_tab[122]
+#define __pyx_n_u_places __pyx_string_tab[123]
+#define __pyx_n_u_plain __pyx_string_tab[124]
+#define __pyx_n_u_pop __pyx_string_tab[125]
+#define __pyx_n_u_published __pyx_string_tab[126]
+#define __pyx_n_u_queue __pyx_string_tab[127]
+#define __pyx_n_u_quoted __pyx_string_tab[128]
+#define __pyx_n_u_readers __pyx_string_tab[129]
+#define __pyx_n_u_reading __pyx_string_tab[130]
+#define __pyx_n_u_record __pyx_string_tab[131]
+#define __pyx_n_u_remove __pyx_string_tab[132]
+#define __pyx_n_u_replace __pyx_string_tab[133]
+#define __pyx_n_u_ring_always __pyx_string_tab[134]
+#define __pyx_n_u_room __pyx_string_tab[135]
+#define __pyx_n_u_send __pyx_string_tab[136]
+#define __pyx_n_u_setdefault __pyx_string_tab[137]
+#define __pyx_n_u_silent __pyx_string_tab[138]
+#define __pyx_n_u_size __pyx_string_tab[139]
+#define __pyx_n_u_size_of __pyx_string_tab[140]
+#define __pyx_n_u_sleep __pyx_string_tab[141]
+#define __pyx_n_u_slots __pyx_string_tab[142]
+#define __pyx_n_u_spoiled __pyx_string_tab[143]
+#define __pyx_n_u_state __pyx_string_tab[144]
+#define __pyx_n_u_taken __pyx_string_tab[145]
+#define __pyx_n_u_text __pyx_string_tab[146]
+#define __pyx_n_u_throw __pyx_string_tab[147]
+#define __pyx_n_u_time __pyx_string_tab[148]
+#define __pyx_n_u_time_ns __pyx_string_tab[149]
+#define __pyx_n_u_times __pyx_string_tab[150]
+#define __pyx_n_u_total __pyx_string_tab[151]
+#define __pyx_n_u_tries __pyx_string_tab[152]
+#define __pyx_n_u_type __pyx_string_tab[153]
+#define __pyx_n_u_unfinished __pyx_string_tab[154]
+#define __pyx_n_u_unit __pyx_string_tab[155]
+#define __pyx_n_u_units __pyx_string_tab[156]
+#define __pyx_n_u_update __pyx_string_tab[157]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[158]
+#define __pyx_n_u_value __pyx_string_tab[159]
+#define __pyx_n_u_values __pyx_string_tab[160]
+#define __pyx_n_u_views __pyx_string_tab[161]
+#define __pyx_n_u_writers __pyx_string_tab[162]
+#define __pyx_n_u_writing __pyx_string_tab[163]
+#define __pyx_kp_b_PyObject_struct_ivshmem_record_f __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[173]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
 #define __pyx_int_7 __pyx_number_tab[3]
+#define __pyx_int_64 __pyx_number_tab[4]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4856,8 +4869,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<9; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<171; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<174; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4913,8 +4926,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<9; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<171; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<174; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5664,7 +5677,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/records.pyx":41
+/* "ivshmem/channel/records.pyx":53
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5684,7 +5697,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("geometry_of", 0);
 
-  /* "ivshmem/channel/records.pyx":43
+  /* "ivshmem/channel/records.pyx":55
  * cdef ivshmem_geometry geometry_of(dict wanted):
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]             # <<<<<<<<<<<<<<
@@ -5693,15 +5706,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 43, __pyx_L1_error)
+    __PYX_ERR(0, 55, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.kind = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":44
+  /* "ivshmem/channel/records.pyx":56
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]             # <<<<<<<<<<<<<<
@@ -5710,15 +5723,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 44, __pyx_L1_error)
+    __PYX_ERR(0, 56, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.overflow = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":45
+  /* "ivshmem/channel/records.pyx":57
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]             # <<<<<<<<<<<<<<
@@ -5727,15 +5740,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 45, __pyx_L1_error)
+    __PYX_ERR(0, 57, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 57, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 57, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.options = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":46
+  /* "ivshmem/channel/records.pyx":58
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]             # <<<<<<<<<<<<<<
@@ -5744,15 +5757,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 46, __pyx_L1_error)
+    __PYX_ERR(0, 58, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.writers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":47
+  /* "ivshmem/channel/records.pyx":59
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]             # <<<<<<<<<<<<<<
@@ -5761,15 +5774,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 47, __pyx_L1_error)
+    __PYX_ERR(0, 59, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.readers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":48
+  /* "ivshmem/channel/records.pyx":60
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]             # <<<<<<<<<<<<<<
@@ -5778,15 +5791,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 60, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.slots = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":49
+  /* "ivshmem/channel/records.pyx":61
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]             # <<<<<<<<<<<<<<
@@ -5795,15 +5808,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __PYX_ERR(0, 61, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.loans = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":50
+  /* "ivshmem/channel/records.pyx":62
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]             # <<<<<<<<<<<<<<
@@ -5812,15 +5825,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 50, __pyx_L1_error)
+    __PYX_ERR(0, 62, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.views = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":51
+  /* "ivshmem/channel/records.pyx":63
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]             # <<<<<<<<<<<<<<
@@ -5829,15 +5842,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 51, __pyx_L1_error)
+    __PYX_ERR(0, 63, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.limit = __pyx_t_3;
 
-  /* "ivshmem/channel/records.pyx":52
+  /* "ivshmem/channel/records.pyx":64
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]
  *     return g             # <<<<<<<<<<<<<<
@@ -5850,7 +5863,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":41
+  /* "ivshmem/channel/records.pyx":53
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5870,7 +5883,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":55
+/* "ivshmem/channel/records.pyx":67
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -5918,32 +5931,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_geometry,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 55, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 67, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 67, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 55, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 67, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 55, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 67, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 67, __pyx_L3_error)
     }
     __pyx_v_geometry = ((PyObject*)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 55, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 67, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5954,7 +5967,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 67, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_size_of(__pyx_self, __pyx_v_geometry);
 
   /* function exit code */
@@ -5988,17 +6001,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("size_of", 0);
 
-  /* "ivshmem/channel/records.pyx":57
+  /* "ivshmem/channel/records.pyx":69
  * def size_of(dict geometry):
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L1_error)
   __pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":59
+  /* "ivshmem/channel/records.pyx":71
  *     cdef ivshmem_geometry g = geometry_of(geometry)
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size             # <<<<<<<<<<<<<<
@@ -6011,7 +6024,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
     __Pyx_INCREF(Py_None);
     __pyx_t_2 = Py_None;
   } else {
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 59, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 71, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_2 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -6028,7 +6041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":55
+  /* "ivshmem/channel/records.pyx":67
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -6050,7 +6063,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":62
+/* "ivshmem/channel/records.pyx":74
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -6098,32 +6111,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 62, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 74, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 62, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 74, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 62, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 74, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 62, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 74, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 62, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 74, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 62, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 74, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6134,7 +6147,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 62, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 74, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_2room(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -6180,7 +6193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("room", 0);
 
-  /* "ivshmem/channel/records.pyx":64
+  /* "ivshmem/channel/records.pyx":76
  * def room(Membership membership not None):
  *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area             # <<<<<<<<<<<<<<
@@ -6189,7 +6202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
   __pyx_v_area = (&__pyx_v_membership->member.area);
 
-  /* "ivshmem/channel/records.pyx":65
+  /* "ivshmem/channel/records.pyx":77
  *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0, total = 0             # <<<<<<<<<<<<<<
@@ -6200,17 +6213,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_v_most = 0;
   __pyx_v_total = 0;
 
-  /* "ivshmem/channel/records.pyx":66
+  /* "ivshmem/channel/records.pyx":78
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0, total = 0
  *     membership.check()             # <<<<<<<<<<<<<<
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":67
+  /* "ivshmem/channel/records.pyx":79
  *     cdef uint32_t unit, free = 0, most = 0, total = 0
  *     membership.check()
  *     for unit in range(area.units):             # <<<<<<<<<<<<<<
@@ -6224,7 +6237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_unit = __pyx_t_4;
 
-    /* "ivshmem/channel/records.pyx":68
+    /* "ivshmem/channel/records.pyx":80
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6236,7 +6249,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/records.pyx":69
+      /* "ivshmem/channel/records.pyx":81
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1             # <<<<<<<<<<<<<<
@@ -6245,7 +6258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
       __pyx_v_free = (__pyx_v_free + 1);
 
-      /* "ivshmem/channel/records.pyx":70
+      /* "ivshmem/channel/records.pyx":82
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1
  *             total += 1             # <<<<<<<<<<<<<<
@@ -6254,7 +6267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
       __pyx_v_total = (__pyx_v_total + 1);
 
-      /* "ivshmem/channel/records.pyx":71
+      /* "ivshmem/channel/records.pyx":83
  *             free += 1
  *             total += 1
  *             most = max(most, free)             # <<<<<<<<<<<<<<
@@ -6278,7 +6291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       __pyx_v_most = __pyx_t_8;
 
 
-      /* "ivshmem/channel/records.pyx":68
+      /* "ivshmem/channel/records.pyx":80
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6288,7 +6301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/records.pyx":73
+    /* "ivshmem/channel/records.pyx":85
  *             most = max(most, free)
  *         else:
  *             free = 0             # <<<<<<<<<<<<<<
@@ -6302,31 +6315,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   }
 
 
-  /* "ivshmem/channel/records.pyx":74
+  /* "ivshmem/channel/records.pyx":86
  *         else:
  *             free = 0
  *     return area.unit, area.units, total, most             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_total); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_total); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_13);
   __Pyx_GIVEREF(__pyx_t_9);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_11);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_12);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 74, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
   __pyx_t_9 = 0;
   __pyx_t_10 = 0;
   __pyx_t_11 = 0;
@@ -6342,7 +6355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_t_13 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":62
+  /* "ivshmem/channel/records.pyx":74
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -6370,7 +6383,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":77
+/* "ivshmem/channel/records.pyx":89
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -6386,7 +6399,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the facts of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelCorrupt: as of `find`.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed.\n    ");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7records_4create, "Create a channel; return the facts of its record.\n\n    Raises:\n        ChannelExists: there is one of that name; the message says whose it is.\n        ChannelCorrupt: as of `find`.\n        ChannelError: no record is free, or not so much room in one piece.\n        RegionError: the region is mapped for reading only.\n        ValueError: a geometry that is not allowed: too many cells, if its numbers were checked.\n    ");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7records_5create = {"create", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7records_5create, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7records_4create};
 static PyObject *__pyx_pw_7ivshmem_7channel_7records_5create(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
@@ -6421,44 +6434,44 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_geometry,&__pyx_mstate_global->__pyx_n_u_text,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 77, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 89, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 89, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 89, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 89, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 89, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 89, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 77, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 89, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 89, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 89, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 89, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 89, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
@@ -6467,7 +6480,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 77, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 89, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6478,10 +6491,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 77, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 89, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 89, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_4create(__pyx_self, __pyx_v_membership, __pyx_v_name, __pyx_v_geometry, __pyx_v_text);
 
   /* function exit code */
@@ -6535,13 +6548,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
   PyObject *__pyx_t_21[11];
-  PyObject *__pyx_t_22[4];
+  PyObject *__pyx_t_22[5];
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("create", 0);
 
-  /* "ivshmem/channel/records.pyx":88
+  /* "ivshmem/channel/records.pyx":100
  *     """
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6550,7 +6563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = IVSHMEM_AGAIN;
 
-  /* "ivshmem/channel/records.pyx":89
+  /* "ivshmem/channel/records.pyx":101
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
@@ -6559,24 +6572,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_name == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 89, __pyx_L1_error)
+    __PYX_ERR(0, 101, __pyx_L1_error)
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":90
+  /* "ivshmem/channel/records.pyx":102
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()
  *     membership.check()             # <<<<<<<<<<<<<<
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":91
+  /* "ivshmem/channel/records.pyx":103
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     memset(&record, 0, sizeof(record))             # <<<<<<<<<<<<<<
@@ -6585,20 +6598,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   (void)(memset((&__pyx_v_record), 0, (sizeof(__pyx_v_record))));
 
-  /* "ivshmem/channel/records.pyx":92
+  /* "ivshmem/channel/records.pyx":104
  *     membership.check()
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
 */
-  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 104, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.name, ((char const *)__pyx_t_3), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":93
+  /* "ivshmem/channel/records.pyx":105
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))             # <<<<<<<<<<<<<<
@@ -6607,29 +6620,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 93, __pyx_L1_error)
+    __PYX_ERR(0, 105, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 105, __pyx_L1_error)
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 93, __pyx_L1_error)
+    __PYX_ERR(0, 105, __pyx_L1_error)
   }
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.type, ((char const *)__pyx_t_5), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":94
+  /* "ivshmem/channel/records.pyx":106
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L1_error)
   __pyx_v_record.geometry = __pyx_t_6;
 
-  /* "ivshmem/channel/records.pyx":95
+  /* "ivshmem/channel/records.pyx":107
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()             # <<<<<<<<<<<<<<
@@ -6637,9 +6650,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         code = ivshmem_create(&membership.member, &record)
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __pyx_t_10 = 1;
@@ -6659,14 +6672,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_record.created = __pyx_t_11;
 
-  /* "ivshmem/channel/records.pyx":96
+  /* "ivshmem/channel/records.pyx":108
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6674,7 +6687,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         if code != IVSHMEM_AGAIN:
 */
   __pyx_t_9 = NULL;
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_10 = 1;
   {
@@ -6682,12 +6695,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 96, __pyx_L1_error)
+  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
     {
@@ -6695,18 +6708,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 96, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 108, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_1);
-    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 96, __pyx_L1_error)
+    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_tries, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":97
+    /* "ivshmem/channel/records.pyx":109
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)             # <<<<<<<<<<<<<<
@@ -6715,7 +6728,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     __pyx_v_code = ivshmem_create((&__pyx_v_membership->member), (&__pyx_v_record));
 
-    /* "ivshmem/channel/records.pyx":98
+    /* "ivshmem/channel/records.pyx":110
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6727,7 +6740,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     if (__pyx_t_13) {
 
 
-      /* "ivshmem/channel/records.pyx":99
+      /* "ivshmem/channel/records.pyx":111
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:
  *             break             # <<<<<<<<<<<<<<
@@ -6736,7 +6749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/records.pyx":98
+      /* "ivshmem/channel/records.pyx":110
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6745,7 +6758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/channel/records.pyx":100
+    /* "ivshmem/channel/records.pyx":112
  *         if code != IVSHMEM_AGAIN:
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))             # <<<<<<<<<<<<<<
@@ -6753,28 +6766,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         return facts_of(&record)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
     __pyx_t_10 = 1;
@@ -6795,12 +6808,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 112, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":96
+    /* "ivshmem/channel/records.pyx":108
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6815,7 +6828,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   goto __pyx_L6_for_end;
   __pyx_L6_for_end:;
 
-  /* "ivshmem/channel/records.pyx":101
+  /* "ivshmem/channel/records.pyx":113
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6827,14 +6840,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (__pyx_t_13) {
 
 
-    /* "ivshmem/channel/records.pyx":102
+    /* "ivshmem/channel/records.pyx":114
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:
  *         return facts_of(&record)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise exists(membership, name)
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -6847,7 +6860,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":101
+    /* "ivshmem/channel/records.pyx":113
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6856,7 +6869,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":103
+  /* "ivshmem/channel/records.pyx":115
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6867,20 +6880,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     case IVSHMEM_TAKEN:
     case IVSHMEM_AGAIN:
 
-    /* "ivshmem/channel/records.pyx":104
+    /* "ivshmem/channel/records.pyx":116
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise exists(membership, name)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, _, most = room(membership)
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_exists(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_7records_exists(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 116, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 104, __pyx_L1_error)
+    __PYX_ERR(0, 116, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":103
+    /* "ivshmem/channel/records.pyx":115
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6891,7 +6904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     default: break;
   }
 
-  /* "ivshmem/channel/records.pyx":105
+  /* "ivshmem/channel/records.pyx":117
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -6903,7 +6916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":106
+    /* "ivshmem/channel/records.pyx":118
  *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, _, most = room(membership)             # <<<<<<<<<<<<<<
@@ -6911,7 +6924,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         taken = (size + unit - 1) // unit * unit
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 118, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6930,7 +6943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 118, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_7))) || (PyList_CheckExact(__pyx_t_7))) {
@@ -6939,7 +6952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(size != 4)) {
         if (size > 4) __Pyx_RaiseTooManyValuesError(4);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 106, __pyx_L1_error)
+        __PYX_ERR(0, 118, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -6953,16 +6966,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
         __Pyx_INCREF(__pyx_t_9);
       } else {
         __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 118, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_14);
         __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 118, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 106, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 118, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 106, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 118, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
       }
       #else
@@ -6970,7 +6983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
         Py_ssize_t i;
         PyObject** temps[4] = {&__pyx_t_14,&__pyx_t_1,&__pyx_t_8,&__pyx_t_9};
         for (i=0; i < 4; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 106, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 118, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -6980,7 +6993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[4] = {&__pyx_t_14,&__pyx_t_1,&__pyx_t_8,&__pyx_t_9};
-      __pyx_t_15 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 106, __pyx_L1_error)
+      __pyx_t_15 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 118, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_15);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_17 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_15);
@@ -6989,7 +7002,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_15), 4) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_17(__pyx_t_15), 4) < (0)) __PYX_ERR(0, 118, __pyx_L1_error)
       __pyx_t_17 = NULL;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       goto __pyx_L10_unpacking_done;
@@ -6997,7 +7010,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __pyx_t_17 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 106, __pyx_L1_error)
+      __PYX_ERR(0, 118, __pyx_L1_error)
       __pyx_L10_unpacking_done:;
     }
     __pyx_v_unit = __pyx_t_14;
@@ -7009,7 +7022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_v_most = __pyx_t_9;
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/records.pyx":107
+    /* "ivshmem/channel/records.pyx":119
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, _, most = room(membership)
  *         size = size_of(geometry)             # <<<<<<<<<<<<<<
@@ -7017,7 +7030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         raise ChannelError(
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 119, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7036,34 +7049,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 107, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 119, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_v_size = __pyx_t_7;
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/records.pyx":108
+    /* "ivshmem/channel/records.pyx":120
  *         unit, units, _, most = room(membership)
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit             # <<<<<<<<<<<<<<
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
 */
-    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_8, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_8, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_v_taken = __pyx_t_8;
     __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/records.pyx":109
+    /* "ivshmem/channel/records.pyx":121
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7071,65 +7084,65 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/channel/records.pyx":110
+    /* "ivshmem/channel/records.pyx":122
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
 */
-    __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_14, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_14, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
-    /* "ivshmem/channel/records.pyx":111
+    /* "ivshmem/channel/records.pyx":123
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"             # <<<<<<<<<<<<<<
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
  *             " `ivshmem channel ls` lists what is there"
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_18 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_18);
-    __pyx_t_19 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_18); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_18); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
-    __pyx_t_18 = __Pyx_PyObject_FormatSimple(__pyx_t_19, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyObject_FormatSimple(__pyx_t_19, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_18);
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_19, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_19, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_19, __pyx_t_15); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_19, __pyx_t_15); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 111, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
 
-    /* "ivshmem/channel/records.pyx":112
+    /* "ivshmem/channel/records.pyx":124
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"             # <<<<<<<<<<<<<<
  *             " `ivshmem channel ls` lists what is there"
  *         )
 */
-    __pyx_t_20 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __pyx_t_21[0] = __pyx_mstate_global->__pyx_kp_u_no_room_for_channel;
     __pyx_t_21[1] = __pyx_t_1;
@@ -7143,7 +7156,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_21[9] = __pyx_t_20;
     __pyx_t_21[10] = __pyx_mstate_global->__pyx_kp_u_channels_exist_that_it_can_have;
 
-    /* "ivshmem/channel/records.pyx":110
+    /* "ivshmem/channel/records.pyx":122
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
@@ -7165,7 +7178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     }
     #endif
     __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_21, 11, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 110, __pyx_L1_error)
+    if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
@@ -7190,14 +7203,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 121, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     __Pyx_Raise(__pyx_t_8, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __PYX_ERR(0, 109, __pyx_L1_error)
+    __PYX_ERR(0, 121, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":105
+    /* "ivshmem/channel/records.pyx":117
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise exists(membership, name)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -7206,44 +7219,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":115
+  /* "ivshmem/channel/records.pyx":127
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
- *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
- *     raise membership.fail(code, NULL, name)
+ *         raise ValueError(
+ *             f"channel {name!r}: for each writer it would need more than the {IVSHMEM_MOST_CELLS}"
 */
   __pyx_t_13 = (__pyx_v_code == IVSHMEM_BAD);
 
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":116
+    /* "ivshmem/channel/records.pyx":128
  *         )
  *     if code == IVSHMEM_BAD:
- *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")             # <<<<<<<<<<<<<<
- *     raise membership.fail(code, NULL, name)
- * 
+ *         raise ValueError(             # <<<<<<<<<<<<<<
+ *             f"channel {name!r}: for each writer it would need more than the {IVSHMEM_MOST_CELLS}"
+ *             " cells that are possible: slots + loans + 1, with overflow 'discard' slots * readers"
 */
     __pyx_t_9 = NULL;
-    __pyx_t_19 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 116, __pyx_L1_error)
+
+    /* "ivshmem/channel/records.pyx":129
+ *     if code == IVSHMEM_BAD:
+ *         raise ValueError(
+ *             f"channel {name!r}: for each writer it would need more than the {IVSHMEM_MOST_CELLS}"             # <<<<<<<<<<<<<<
+ *             " cells that are possible: slots + loans + 1, with overflow 'discard' slots * readers"
+ *             " more; of calls twice as many"
+*/
+    __pyx_t_19 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 129, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 116, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From___pyx_anon_enum(IVSHMEM_MOST_CELLS, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 129, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_22[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_22[1] = __pyx_t_19;
-    __pyx_t_22[2] = __pyx_mstate_global->__pyx_kp_u_a_geometry_that_is_not_allowed;
+    __pyx_t_22[2] = __pyx_mstate_global->__pyx_kp_u_for_each_writer_it_would_need_m;
     __pyx_t_22[3] = __pyx_t_7;
-    __pyx_t_4 = 42;
+    __pyx_t_22[4] = __pyx_mstate_global->__pyx_kp_u_cells_that_are_possible_slots_l;
+    __pyx_t_4 = 167;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_22[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_22[3]);
     #endif
     __pyx_t_2 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_22[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_22[3]);
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_22[1]);
     #endif
-    __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 4, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 116, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 5, __pyx_t_4, __pyx_t_2);
+    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 129, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7253,36 +7275,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 116, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 128, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     __Pyx_Raise(__pyx_t_8, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __PYX_ERR(0, 116, __pyx_L1_error)
+    __PYX_ERR(0, 128, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":115
+    /* "ivshmem/channel/records.pyx":127
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
- *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
- *     raise membership.fail(code, NULL, name)
+ *         raise ValueError(
+ *             f"channel {name!r}: for each writer it would need more than the {IVSHMEM_MOST_CELLS}"
 */
   }
 
-  /* "ivshmem/channel/records.pyx":117
- *     if code == IVSHMEM_BAD:
- *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
+  /* "ivshmem/channel/records.pyx":133
+ *             " more; of calls twice as many"
+ *         )
  *     raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_Raise(__pyx_t_8, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __PYX_ERR(0, 117, __pyx_L1_error)
+  __PYX_ERR(0, 133, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":77
+  /* "ivshmem/channel/records.pyx":89
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -7319,7 +7341,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":120
+/* "ivshmem/channel/records.pyx":136
  * 
  * 
  * cdef object exists(Membership membership, str name):             # <<<<<<<<<<<<<<
@@ -7349,17 +7371,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exists", 0);
 
-  /* "ivshmem/channel/records.pyx":123
+  /* "ivshmem/channel/records.pyx":139
  *     """Return the exception for a name that another process has taken."""
  *     cdef ivshmem_record record
  *     cdef int code = find_record(membership, name, &record)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_CORRUPT:
  *         return is_spoiled(&record)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 139, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":124
+  /* "ivshmem/channel/records.pyx":140
  *     cdef ivshmem_record record
  *     cdef int code = find_record(membership, name, &record)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -7371,14 +7393,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/records.pyx":125
+    /* "ivshmem/channel/records.pyx":141
  *     cdef int code = find_record(membership, name, &record)
  *     if code == IVSHMEM_CORRUPT:
  *         return is_spoiled(&record)             # <<<<<<<<<<<<<<
  *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
  *     return ChannelExists(f"there is a channel {name!r} already{about}")
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -7391,7 +7413,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":124
+    /* "ivshmem/channel/records.pyx":140
  *     cdef ivshmem_record record
  *     cdef int code = find_record(membership, name, &record)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -7400,7 +7422,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/records.pyx":126
+  /* "ivshmem/channel/records.pyx":142
  *     if code == IVSHMEM_CORRUPT:
  *         return is_spoiled(&record)
  *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)             # <<<<<<<<<<<<<<
@@ -7410,12 +7432,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   __pyx_t_2 = (__pyx_v_code == 0);
 
   if (__pyx_t_2) {
-    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_whose(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_whose(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_3 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_who_makes(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_who_makes(__pyx_v_membership, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_3 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -7424,7 +7446,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   __pyx_v_about = ((PyObject*)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":127
+  /* "ivshmem/channel/records.pyx":143
  *         return is_spoiled(&record)
  *     about = whose(membership, &record) if code == 0 else who_makes(membership, name)
  *     return ChannelExists(f"there is a channel {name!r} already{about}")             # <<<<<<<<<<<<<<
@@ -7432,11 +7454,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_about); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_about); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_there_is_a_channel;
   __pyx_t_8[1] = __pyx_t_6;
@@ -7451,7 +7473,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7473,7 +7495,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   {
@@ -7487,7 +7509,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":120
+  /* "ivshmem/channel/records.pyx":136
  * 
  * 
  * cdef object exists(Membership membership, str name):             # <<<<<<<<<<<<<<
@@ -7514,7 +7536,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_exists(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":130
+/* "ivshmem/channel/records.pyx":146
  * 
  * 
  * cdef tuple maker_of(Membership membership, uint64_t state):             # <<<<<<<<<<<<<<
@@ -7557,7 +7579,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("maker_of", 0);
 
-  /* "ivshmem/channel/records.pyx":132
+  /* "ivshmem/channel/records.pyx":148
  * cdef tuple maker_of(Membership membership, uint64_t state):
  *     """Return who made, or makes, a record, and the names of all places by number."""
  *     cdef ivshmem_place maker = ivshmem_place_of(state)             # <<<<<<<<<<<<<<
@@ -7566,19 +7588,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
 */
   __pyx_v_maker = ivshmem_place_of(__pyx_v_state);
 
-  /* "ivshmem/channel/records.pyx":133
+  /* "ivshmem/channel/records.pyx":149
  *     """Return who made, or makes, a record, and the names of all places by number."""
  *     cdef ivshmem_place maker = ivshmem_place_of(state)
  *     names = {}             # <<<<<<<<<<<<<<
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_names = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":134
+  /* "ivshmem/channel/records.pyx":150
  *     cdef ivshmem_place maker = ivshmem_place_of(state)
  *     names = {}
  *     by = "a process that has left"             # <<<<<<<<<<<<<<
@@ -7588,7 +7610,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
   __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_a_process_that_has_left);
   __pyx_v_by = __pyx_mstate_global->__pyx_kp_u_a_process_that_has_left;
 
-  /* "ivshmem/channel/records.pyx":135
+  /* "ivshmem/channel/records.pyx":151
  *     names = {}
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
@@ -7602,7 +7624,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   if (likely(PyList_CheckExact(__pyx_t_1)) || PyTuple_CheckExact(__pyx_t_1)) {
@@ -7610,9 +7632,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     __pyx_t_4 = 0;
     __pyx_t_5 = NULL;
   } else {
-    __pyx_t_4 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_4 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 151, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
@@ -7621,7 +7643,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
           #endif
           if (__pyx_t_4 >= __pyx_temp) break;
         }
@@ -7631,7 +7653,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 135, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 151, __pyx_L1_error)
           #endif
           if (__pyx_t_4 >= __pyx_temp) break;
         }
@@ -7642,13 +7664,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         #endif
         ++__pyx_t_4;
       }
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
     } else {
       __pyx_t_1 = __pyx_t_5(__pyx_t_2);
       if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 135, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 151, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -7661,7 +7683,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 135, __pyx_L1_error)
+        __PYX_ERR(0, 151, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -7681,25 +7703,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         __Pyx_INCREF(__pyx_t_12);
       } else {
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_6);
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 135, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 151, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
       }
       #else
@@ -7707,7 +7729,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_6,&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 135, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 151, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -7717,7 +7739,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_6,&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12};
-      __pyx_t_13 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L1_error)
+      __pyx_t_13 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       __pyx_t_14 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_13);
@@ -7726,7 +7748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_14(__pyx_t_13), 7) < (0)) __PYX_ERR(0, 135, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_14(__pyx_t_13), 7) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
       __pyx_t_14 = NULL;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       goto __pyx_L6_unpacking_done;
@@ -7734,7 +7756,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       __pyx_t_14 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 135, __pyx_L1_error)
+      __PYX_ERR(0, 151, __pyx_L1_error)
       __pyx_L6_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_6);
@@ -7752,23 +7774,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     __Pyx_XDECREF_SET(__pyx_v_words, __pyx_t_12);
     __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/records.pyx":136
+    /* "ivshmem/channel/records.pyx":152
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"             # <<<<<<<<<<<<<<
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]
 */
-    __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_10 = __Pyx_PyObject_CallOneArg(__pyx_t_11, __pyx_v_words); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_CallOneArg(__pyx_t_11, __pyx_v_words); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_10), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_10), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_place;
@@ -7787,24 +7809,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     __pyx_t_17 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[5]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_15, 7, __pyx_t_16, __pyx_t_17);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 136, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    if (unlikely((PyDict_SetItem(__pyx_v_names, __pyx_v_index, __pyx_t_10) < 0))) __PYX_ERR(0, 136, __pyx_L1_error)
+    if (unlikely((PyDict_SetItem(__pyx_v_names, __pyx_v_index, __pyx_t_10) < 0))) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
-    /* "ivshmem/channel/records.pyx":137
+    /* "ivshmem/channel/records.pyx":153
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
  *             by = names[index]
  *     return by, names
 */
-    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     if (__pyx_t_19) {
 
@@ -7814,9 +7836,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.epoch); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_maker.epoch); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_10, Py_EQ); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
     __pyx_t_18 = __pyx_t_19;
@@ -7825,19 +7847,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
     if (__pyx_t_18) {
 
 
-      /* "ivshmem/channel/records.pyx":138
+      /* "ivshmem/channel/records.pyx":154
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]             # <<<<<<<<<<<<<<
  *     return by, names
  * 
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_v_index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 138, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_names, __pyx_v_index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 154, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF_SET(__pyx_v_by, __pyx_t_10);
       __pyx_t_10 = 0;
 
-      /* "ivshmem/channel/records.pyx":137
+      /* "ivshmem/channel/records.pyx":153
  *     for index, epoch, _, _, _, process, words in membership.places():
  *         names[index] = f"place {index} (process {process}, {plain(words)!r})"
  *         if index == maker.index and epoch == maker.epoch:             # <<<<<<<<<<<<<<
@@ -7846,7 +7868,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/records.pyx":135
+    /* "ivshmem/channel/records.pyx":151
  *     names = {}
  *     by = "a process that has left"
  *     for index, epoch, _, _, _, process, words in membership.places():             # <<<<<<<<<<<<<<
@@ -7856,21 +7878,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":139
+  /* "ivshmem/channel/records.pyx":155
  *         if index == maker.index and epoch == maker.epoch:
  *             by = names[index]
  *     return by, names             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 139, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_by);
   __Pyx_GIVEREF(__pyx_v_by);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_by) != (0)) __PYX_ERR(0, 139, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_by) != (0)) __PYX_ERR(0, 155, __pyx_L1_error);
   __Pyx_INCREF(__pyx_v_names);
   __Pyx_GIVEREF(__pyx_v_names);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_v_names) != (0)) __PYX_ERR(0, 139, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_v_names) != (0)) __PYX_ERR(0, 155, __pyx_L1_error);
   {
     PyObject *__pyx_temp;
     {
@@ -7882,7 +7904,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":130
+  /* "ivshmem/channel/records.pyx":146
  * 
  * 
  * cdef tuple maker_of(Membership membership, uint64_t state):             # <<<<<<<<<<<<<<
@@ -7918,7 +7940,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_maker_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":142
+/* "ivshmem/channel/records.pyx":158
  * 
  * 
  * cdef str who_makes(Membership membership, str name):             # <<<<<<<<<<<<<<
@@ -7948,17 +7970,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("who_makes", 0);
 
-  /* "ivshmem/channel/records.pyx":148
+  /* "ivshmem/channel/records.pyx":164
  *     cdef uint64_t state
  *     cdef unsigned i
  *     pad(name, padded)             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         state = ivshmem_record_holds(&membership.member.area, i, padded)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":149
+  /* "ivshmem/channel/records.pyx":165
  *     cdef unsigned i
  *     pad(name, padded)
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
@@ -7972,7 +7994,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/records.pyx":150
+    /* "ivshmem/channel/records.pyx":166
  *     pad(name, padded)
  *     for i in range(membership.member.area.records):
  *         state = ivshmem_record_holds(&membership.member.area, i, padded)             # <<<<<<<<<<<<<<
@@ -7981,7 +8003,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
 */
     __pyx_v_state = ivshmem_record_holds((&__pyx_v_membership->member.area), __pyx_v_i, __pyx_v_padded);
 
-    /* "ivshmem/channel/records.pyx":151
+    /* "ivshmem/channel/records.pyx":167
  *     for i in range(membership.member.area.records):
  *         state = ivshmem_record_holds(&membership.member.area, i, padded)
  *         if ivshmem_flags(state) != IVSHMEM_MAKING:             # <<<<<<<<<<<<<<
@@ -7993,7 +8015,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/records.pyx":152
+      /* "ivshmem/channel/records.pyx":168
  *         state = ivshmem_record_holds(&membership.member.area, i, padded)
  *         if ivshmem_flags(state) != IVSHMEM_MAKING:
  *             continue             # <<<<<<<<<<<<<<
@@ -8002,7 +8024,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/records.pyx":151
+      /* "ivshmem/channel/records.pyx":167
  *     for i in range(membership.member.area.records):
  *         state = ivshmem_record_holds(&membership.member.area, i, padded)
  *         if ivshmem_flags(state) != IVSHMEM_MAKING:             # <<<<<<<<<<<<<<
@@ -8011,7 +8033,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/records.pyx":153
+    /* "ivshmem/channel/records.pyx":169
  *         if ivshmem_flags(state) != IVSHMEM_MAKING:
  *             continue
  *         maker = ivshmem_place_of(state)             # <<<<<<<<<<<<<<
@@ -8020,23 +8042,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
 */
     __pyx_v_maker = ivshmem_place_of(__pyx_v_state);
 
-    /* "ivshmem/channel/records.pyx":154
+    /* "ivshmem/channel/records.pyx":170
  *             continue
  *         maker = ivshmem_place_of(state)
  *         found = f", which {maker_of(membership, state)[0]} is just making"             # <<<<<<<<<<<<<<
  *         if membership.is_silent(maker):
  *             found += (
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_state); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_state); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 154, __pyx_L1_error)
+      __PYX_ERR(0, 170, __pyx_L1_error)
     }
-    __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_t_5, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_t_5, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_which;
@@ -8051,41 +8073,41 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 154, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_v_found = ((PyObject*)__pyx_t_6);
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/records.pyx":155
+    /* "ivshmem/channel/records.pyx":171
  *         maker = ivshmem_place_of(state)
  *         found = f", which {maker_of(membership, state)[0]} is just making"
  *         if membership.is_silent(maker):             # <<<<<<<<<<<<<<
  *             found += (
- *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+ *                 "; it shows no sign of life: if it will never run again, `ivshmem channel rm"
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_maker); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_maker); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L1_error)
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/records.pyx":158
+      /* "ivshmem/channel/records.pyx":174
  *             found += (
- *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
- *                 f" {maker.index}` ends that"             # <<<<<<<<<<<<<<
+ *                 "; it shows no sign of life: if it will never run again, `ivshmem channel rm"
+ *                 f" --place {maker.index}` ends that"             # <<<<<<<<<<<<<<
  *             )
  *         return found
 */
-      __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_maker.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 158, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_maker.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 174, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_it_shows_no_sign_of_life_if_it;
       __pyx_t_7[1] = __pyx_t_6;
       __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_ends_that;
 
-      /* "ivshmem/channel/records.pyx":157
+      /* "ivshmem/channel/records.pyx":173
  *         if membership.is_silent(maker):
  *             found += (
- *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"             # <<<<<<<<<<<<<<
- *                 f" {maker.index}` ends that"
+ *                 "; it shows no sign of life: if it will never run again, `ivshmem channel rm"             # <<<<<<<<<<<<<<
+ *                 f" --place {maker.index}` ends that"
  *             )
 */
       __pyx_t_8 = 95;
@@ -8094,34 +8116,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
       #endif
       __pyx_t_9 = 0;
       __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 157, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 173, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/records.pyx":156
+      /* "ivshmem/channel/records.pyx":172
  *         found = f", which {maker_of(membership, state)[0]} is just making"
  *         if membership.is_silent(maker):
  *             found += (             # <<<<<<<<<<<<<<
- *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
- *                 f" {maker.index}` ends that"
+ *                 "; it shows no sign of life: if it will never run again, `ivshmem channel rm"
+ *                 f" --place {maker.index}` ends that"
 */
-      __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_v_found, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 156, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_v_found, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 172, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF_SET(__pyx_v_found, ((PyObject*)__pyx_t_6));
       __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/records.pyx":155
+      /* "ivshmem/channel/records.pyx":171
  *         maker = ivshmem_place_of(state)
  *         found = f", which {maker_of(membership, state)[0]} is just making"
  *         if membership.is_silent(maker):             # <<<<<<<<<<<<<<
  *             found += (
- *                 f"; it shows no sign of life: if it will never run again, `ivshmem channel rm --place"
+ *                 "; it shows no sign of life: if it will never run again, `ivshmem channel rm"
 */
     }
 
-    /* "ivshmem/channel/records.pyx":160
- *                 f" {maker.index}` ends that"
+    /* "ivshmem/channel/records.pyx":176
+ *                 f" --place {maker.index}` ends that"
  *             )
  *         return found             # <<<<<<<<<<<<<<
  *     return ", which another process was just making"
@@ -8141,7 +8163,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/records.pyx":161
+  /* "ivshmem/channel/records.pyx":177
  *             )
  *         return found
  *     return ", which another process was just making"             # <<<<<<<<<<<<<<
@@ -8159,7 +8181,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":142
+  /* "ivshmem/channel/records.pyx":158
  * 
  * 
  * cdef str who_makes(Membership membership, str name):             # <<<<<<<<<<<<<<
@@ -8184,7 +8206,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_who_makes(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":164
+/* "ivshmem/channel/records.pyx":180
  * 
  * 
  * cdef str whose(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8221,14 +8243,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/records.pyx":166
+  /* "ivshmem/channel/records.pyx":182
  * cdef str whose(Membership membership, ivshmem_record *record):
  *     """Say who made a channel and who uses it, as far as the memory tells."""
  *     by, names = maker_of(membership, record.state)             # <<<<<<<<<<<<<<
  *     name = (<bytes>record.name).decode(errors="replace")
  *     found = f", made by {by}"
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record->state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record->state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   if (likely(__pyx_t_1 != Py_None)) {
     PyObject* sequence = __pyx_t_1;
@@ -8236,7 +8258,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     if (unlikely(size != 2)) {
       if (size > 2) __Pyx_RaiseTooManyValuesError(2);
       else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-      __PYX_ERR(0, 166, __pyx_L1_error)
+      __PYX_ERR(0, 182, __pyx_L1_error)
     }
     #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
     __pyx_t_2 = PyTuple_GET_ITEM(sequence, 0);
@@ -8244,28 +8266,28 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     __pyx_t_3 = PyTuple_GET_ITEM(sequence, 1);
     __Pyx_INCREF(__pyx_t_3);
     #else
-    __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     #endif
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   } else {
-    __Pyx_RaiseNoneNotIterableError(); __PYX_ERR(0, 166, __pyx_L1_error)
+    __Pyx_RaiseNoneNotIterableError(); __PYX_ERR(0, 182, __pyx_L1_error)
   }
   __pyx_v_by = __pyx_t_2;
   __pyx_t_2 = 0;
   __pyx_v_names = __pyx_t_3;
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":167
+  /* "ivshmem/channel/records.pyx":183
  *     """Say who made a channel and who uses it, as far as the memory tells."""
  *     by, names = maker_of(membership, record.state)
  *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
  *     found = f", made by {by}"
  *     ends = usage(membership, record)
 */
-  __pyx_t_2 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = __pyx_t_2;
   __Pyx_INCREF(__pyx_t_3);
@@ -8276,13 +8298,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 167, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 183, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -8292,41 +8314,41 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 183, __pyx_L1_error)
   __pyx_v_name = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":168
+  /* "ivshmem/channel/records.pyx":184
  *     by, names = maker_of(membership, record.state)
  *     name = (<bytes>record.name).decode(errors="replace")
  *     found = f", made by {by}"             # <<<<<<<<<<<<<<
  *     ends = usage(membership, record)
  *     users = {
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_by, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_by, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_made_by, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_made_by, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":169
+  /* "ivshmem/channel/records.pyx":185
  *     name = (<bytes>record.name).decode(errors="replace")
  *     found = f", made by {by}"
  *     ends = usage(membership, record)             # <<<<<<<<<<<<<<
  *     users = {
  *         names[end[1]]
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, __pyx_v_record); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, __pyx_v_record); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_ends = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":170
+  /* "ivshmem/channel/records.pyx":186
  *     found = f", made by {by}"
  *     ends = usage(membership, record)
  *     users = {             # <<<<<<<<<<<<<<
@@ -8334,10 +8356,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
  *         for end in ends["writing"] + ends["reading"]
 */
   { /* enter inner scope */
-    __pyx_t_2 = PySet_New(NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L5_error)
+    __pyx_t_2 = PySet_New(NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/records.pyx":172
+    /* "ivshmem/channel/records.pyx":188
  *     users = {
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
@@ -8346,17 +8368,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
     if (unlikely(__pyx_v_ends == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 172, __pyx_L5_error)
+      __PYX_ERR(0, 188, __pyx_L5_error)
     }
-    __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_ends == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 172, __pyx_L5_error)
+      __PYX_ERR(0, 188, __pyx_L5_error)
     }
-    __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 188, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_3 = __Pyx_PyNumber_Add_object_object(__pyx_t_1, __pyx_t_5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L5_error)
+    __pyx_t_3 = __Pyx_PyNumber_Add_object_object(__pyx_t_1, __pyx_t_5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 188, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8365,9 +8387,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
       __pyx_t_6 = 0;
       __pyx_t_7 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_5 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L5_error)
+      __pyx_t_6 = -1; __pyx_t_5 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 188, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_5); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 172, __pyx_L5_error)
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_5); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 188, __pyx_L5_error)
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     for (;;) {
@@ -8376,7 +8398,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 172, __pyx_L5_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 188, __pyx_L5_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -8386,7 +8408,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_5);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 172, __pyx_L5_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 188, __pyx_L5_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -8397,13 +8419,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 188, __pyx_L5_error)
       } else {
         __pyx_t_3 = __pyx_t_7(__pyx_t_5);
         if (unlikely(!__pyx_t_3)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 172, __pyx_L5_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 188, __pyx_L5_error)
             PyErr_Clear();
           }
           break;
@@ -8413,16 +8435,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/records.pyx":173
+      /* "ivshmem/channel/records.pyx":189
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
  *     }
  *     users.discard(by)
 */
-      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_gone, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 173, __pyx_L5_error)
+      __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_object_str(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_gone, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 189, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       if (__pyx_t_9) {
 
@@ -8432,9 +8454,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 
         goto __pyx_L9_bool_binop_done;
       }
-      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_t_3, __pyx_v_names, Py_EQ)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 173, __pyx_L5_error)
+      __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_t_3, __pyx_v_names, Py_EQ)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 189, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
       __pyx_t_8 = __pyx_t_9;
@@ -8443,22 +8465,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
       if (__pyx_t_8) {
 
 
-        /* "ivshmem/channel/records.pyx":171
+        /* "ivshmem/channel/records.pyx":187
  *     ends = usage(membership, record)
  *     users = {
  *         names[end[1]]             # <<<<<<<<<<<<<<
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names
 */
-        __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_GetItemInt(__pyx_8genexpr1__pyx_v_end, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_1 = __Pyx_PyObject_GetItem(__pyx_v_names, __pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L5_error)
+        __pyx_t_1 = __Pyx_PyObject_GetItem(__pyx_v_names, __pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 187, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(PySet_Add(__pyx_t_2, __pyx_t_1))) __PYX_ERR(0, 171, __pyx_L5_error)
+        if (unlikely(PySet_Add(__pyx_t_2, __pyx_t_1))) __PYX_ERR(0, 187, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/records.pyx":173
+        /* "ivshmem/channel/records.pyx":189
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]
  *         if end[2] != "gone" and end[1] in names             # <<<<<<<<<<<<<<
@@ -8467,7 +8489,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":172
+      /* "ivshmem/channel/records.pyx":188
  *     users = {
  *         names[end[1]]
  *         for end in ends["writing"] + ends["reading"]             # <<<<<<<<<<<<<<
@@ -8486,17 +8508,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   __pyx_v_users = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":175
+  /* "ivshmem/channel/records.pyx":191
  *         if end[2] != "gone" and end[1] in names
  *     }
  *     users.discard(by)             # <<<<<<<<<<<<<<
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
 */
-  __pyx_t_10 = __Pyx_PySet_Discard(__pyx_v_users, __pyx_v_by); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PySet_Discard(__pyx_v_users, __pyx_v_by); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":176
+  /* "ivshmem/channel/records.pyx":192
  *     }
  *     users.discard(by)
  *     if users:             # <<<<<<<<<<<<<<
@@ -8505,24 +8527,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PySet_GET_SIZE(__pyx_v_users);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 176, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 192, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/records.pyx":177
+    /* "ivshmem/channel/records.pyx":193
  *     users.discard(by)
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"             # <<<<<<<<<<<<<<
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
 */
-    __pyx_t_2 = PySequence_List(__pyx_v_users); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+    __pyx_t_2 = PySequence_List(__pyx_v_users); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    if (unlikely((PyList_Sort(__pyx_t_2) < 0))) __PYX_ERR(0, 177, __pyx_L1_error)
-    __pyx_t_5 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__2, __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 177, __pyx_L1_error)
+    if (unlikely((PyList_Sort(__pyx_t_2) < 0))) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_t_5 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__2, __pyx_t_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_11[0] = __pyx_v_found;
@@ -8537,7 +8559,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[2]);
     #endif
     __pyx_t_2 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_6, __pyx_t_12);
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     {
@@ -8551,7 +8573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":176
+    /* "ivshmem/channel/records.pyx":192
  *     }
  *     users.discard(by)
  *     if users:             # <<<<<<<<<<<<<<
@@ -8560,7 +8582,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":178
+  /* "ivshmem/channel/records.pyx":194
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
@@ -8574,10 +8596,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_values, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_v_by, __pyx_t_2, Py_NE)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_9 = (__Pyx_PySequence_ContainsTF(__pyx_v_by, __pyx_t_2, Py_NE)); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (__pyx_t_9) {
 
@@ -8589,11 +8611,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   }
   if (unlikely(__pyx_v_ends == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 178, __pyx_L1_error)
+    __PYX_ERR(0, 194, __pyx_L1_error)
   }
-  __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_connections); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_connections); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_13 = (!__pyx_t_9);
 
@@ -8605,19 +8627,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/records.pyx":179
+    /* "ivshmem/channel/records.pyx":195
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_quoted); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_quoted); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_5 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_14[0] = __pyx_v_found;
@@ -8633,7 +8655,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[2]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_14, 4, __pyx_t_6, __pyx_t_12);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 179, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 195, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -8647,7 +8669,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
     __pyx_t_5 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":178
+    /* "ivshmem/channel/records.pyx":194
  *     if users:
  *         return f"{found}, used by {', '.join(sorted(users))}"
  *     if by not in names.values() and not ends["connections"]:             # <<<<<<<<<<<<<<
@@ -8656,7 +8678,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":180
+  /* "ivshmem/channel/records.pyx":196
  *     if by not in names.values() and not ends["connections"]:
  *         return f"{found}, used by nobody: `ivshmem channel rm {quoted(name)}` removes it"
  *     return found             # <<<<<<<<<<<<<<
@@ -8674,7 +8696,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":164
+  /* "ivshmem/channel/records.pyx":180
  * 
  * 
  * cdef str whose(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8704,7 +8726,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_whose(struct __pyx_obj_7ivsh
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":191
+/* "ivshmem/channel/records.pyx":207
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
@@ -8724,7 +8746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject 
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 191, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8735,7 +8757,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(PyObject 
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_of_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_of_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8778,15 +8800,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 191, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 191, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 207, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 191, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8794,7 +8816,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 191, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -8805,12 +8827,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -8837,7 +8859,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 191, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 207, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8865,7 +8887,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_8facts_of_2generator(__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":183
+/* "ivshmem/channel/records.pyx":199
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -8901,12 +8923,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 183, __pyx_L1_error)
+    __PYX_ERR(0, 199, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":185
+  /* "ivshmem/channel/records.pyx":201
  * cdef dict facts_of(ivshmem_record *record):
  *     """Return what a record says, by which it is compared later, too."""
  *     g = record.geometry             # <<<<<<<<<<<<<<
@@ -8917,40 +8939,40 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
 
   __pyx_cur_scope->__pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":187
+  /* "ivshmem/channel/records.pyx":203
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":188
+  /* "ivshmem/channel/records.pyx":204
  *     return {
  *         "index": record.index,
  *         "state": record.state,             # <<<<<<<<<<<<<<
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_record->state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_4) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":189
+  /* "ivshmem/channel/records.pyx":205
  *         "index": record.index,
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -8961,13 +8983,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 205, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -8977,14 +8999,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 189, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":190
+  /* "ivshmem/channel/records.pyx":206
  *         "state": record.state,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
@@ -8992,12 +9014,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9017,50 +9039,50 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":191
+  /* "ivshmem/channel/records.pyx":207
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_8facts_of_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_2 = __pyx_t_3;
   __pyx_t_3 = 0;
   { /* enter inner scope */
 
-    /* "ivshmem/channel/records.pyx":192
+    /* "ivshmem/channel/records.pyx":208
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L5_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 208, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_9 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L5_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 208, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     if (unlikely(__pyx_t_5 == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-      __PYX_ERR(0, 192, __pyx_L5_error)
+      __PYX_ERR(0, 208, __pyx_L5_error)
     }
-    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 208, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_4);
@@ -9069,24 +9091,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     while (1) {
       __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
       if (unlikely(__pyx_t_12 == 0)) break;
-      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 192, __pyx_L5_error)
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_name, __pyx_t_8);
       __pyx_t_8 = 0;
       __Pyx_XDECREF_SET(__pyx_8genexpr3__pyx_v_bit, __pyx_t_5);
       __pyx_t_5 = 0;
-      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L5_error)
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr3__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 192, __pyx_L5_error)
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 192, __pyx_L5_error)
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_8);
 
-      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 192, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr3__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 208, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -9101,102 +9123,102 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   } /* exit inner scope */
   if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
     if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
-    __PYX_ERR(0, 192, __pyx_L1_error)
+    __PYX_ERR(0, 208, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":193
+  /* "ivshmem/channel/records.pyx":209
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 209, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":194
+  /* "ivshmem/channel/records.pyx":210
  *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
  *         "loans": g.loans,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":195
+  /* "ivshmem/channel/records.pyx":211
  *         "writers": g.writers,
  *         "readers": g.readers,
  *         "slots": g.slots,             # <<<<<<<<<<<<<<
  *         "loans": g.loans,
  *         "views": g.views,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":196
+  /* "ivshmem/channel/records.pyx":212
  *         "readers": g.readers,
  *         "slots": g.slots,
  *         "loans": g.loans,             # <<<<<<<<<<<<<<
  *         "views": g.views,
  *         "limit": g.limit,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":197
+  /* "ivshmem/channel/records.pyx":213
  *         "slots": g.slots,
  *         "loans": g.loans,
  *         "views": g.views,             # <<<<<<<<<<<<<<
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 197, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":198
+  /* "ivshmem/channel/records.pyx":214
  *         "loans": g.loans,
  *         "views": g.views,
  *         "limit": g.limit,             # <<<<<<<<<<<<<<
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":199
+  /* "ivshmem/channel/records.pyx":215
  *         "views": g.views,
  *         "limit": g.limit,
  *         "created": record.created / 1e9,             # <<<<<<<<<<<<<<
  *         "type": (<bytes>record.type).decode(errors="replace"),
  *     }
 */
-  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/records.pyx":200
+  /* "ivshmem/channel/records.pyx":216
  *         "limit": g.limit,
  *         "created": record.created / 1e9,
  *         "type": (<bytes>record.type).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *     }
  * 
 */
-  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 216, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
@@ -9207,13 +9229,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 216, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -9223,11 +9245,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 200, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 200, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -9240,7 +9262,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":183
+  /* "ivshmem/channel/records.pyx":199
  * 
  * 
  * cdef dict facts_of(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9268,7 +9290,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts_of(struct ivshmem_reco
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":204
+/* "ivshmem/channel/records.pyx":220
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -9317,39 +9339,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 204, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, i); __PYX_ERR(0, 220, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9360,8 +9382,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 204, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 220, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_6find(__pyx_self, __pyx_v_membership, __pyx_v_name);
 
   /* function exit code */
@@ -9397,27 +9419,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find", 0);
 
-  /* "ivshmem/channel/records.pyx":213
+  /* "ivshmem/channel/records.pyx":229
  *     cdef ivshmem_record record
  *     cdef int code
  *     membership.check()             # <<<<<<<<<<<<<<
  *     code = find_record(membership, name, &record)
  *     if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":214
+  /* "ivshmem/channel/records.pyx":230
  *     cdef int code
  *     membership.check()
  *     code = find_record(membership, name, &record)             # <<<<<<<<<<<<<<
  *     if code == 0:
  *         return facts_of(&record)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_find_record(__pyx_v_membership, __pyx_v_name, (&__pyx_v_record)); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":215
+  /* "ivshmem/channel/records.pyx":231
  *     membership.check()
  *     code = find_record(membership, name, &record)
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -9429,14 +9451,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/records.pyx":216
+    /* "ivshmem/channel/records.pyx":232
  *     code = find_record(membership, name, &record)
  *     if code == 0:
  *         return facts_of(&record)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_CORRUPT:
  *         raise is_spoiled(&record)
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -9449,7 +9471,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":215
+    /* "ivshmem/channel/records.pyx":231
  *     membership.check()
  *     code = find_record(membership, name, &record)
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -9458,7 +9480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/channel/records.pyx":217
+  /* "ivshmem/channel/records.pyx":233
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -9470,20 +9492,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/records.pyx":218
+    /* "ivshmem/channel/records.pyx":234
  *         return facts_of(&record)
  *     if code == IVSHMEM_CORRUPT:
  *         raise is_spoiled(&record)             # <<<<<<<<<<<<<<
  *     raise NoSuchChannel(name)
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 218, __pyx_L1_error)
+    __PYX_ERR(0, 234, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":217
+    /* "ivshmem/channel/records.pyx":233
  *     if code == 0:
  *         return facts_of(&record)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -9492,7 +9514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
 */
   }
 
-  /* "ivshmem/channel/records.pyx":219
+  /* "ivshmem/channel/records.pyx":235
  *     if code == IVSHMEM_CORRUPT:
  *         raise is_spoiled(&record)
  *     raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9500,7 +9522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9519,14 +9541,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_Raise(__pyx_t_3, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __PYX_ERR(0, 219, __pyx_L1_error)
+  __PYX_ERR(0, 235, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":204
+  /* "ivshmem/channel/records.pyx":220
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
@@ -9549,7 +9571,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_6find(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":222
+/* "ivshmem/channel/records.pyx":238
  * 
  * 
  * cdef bint pad(str name, char *padded) except -1:             # <<<<<<<<<<<<<<
@@ -9573,7 +9595,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pad", 0);
 
-  /* "ivshmem/channel/records.pyx":224
+  /* "ivshmem/channel/records.pyx":240
  * cdef bint pad(str name, char *padded) except -1:
  *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
@@ -9589,13 +9611,13 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_backslashreplace};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 240, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 240, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -9604,14 +9626,14 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 224, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 240, __pyx_L1_error)
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":225
+  /* "ivshmem/channel/records.pyx":241
  *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
@@ -9620,21 +9642,21 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
 */
   (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
 
-  /* "ivshmem/channel/records.pyx":226
+  /* "ivshmem/channel/records.pyx":242
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_5 >= IVSHMEM_CHANNEL_NAME);
 
 
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/records.pyx":227
+    /* "ivshmem/channel/records.pyx":243
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False             # <<<<<<<<<<<<<<
@@ -9647,7 +9669,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":226
+    /* "ivshmem/channel/records.pyx":242
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
@@ -9656,20 +9678,20 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
 */
   }
 
-  /* "ivshmem/channel/records.pyx":228
+  /* "ivshmem/channel/records.pyx":244
  *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     return True
  * 
 */
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 228, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
   (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_7), __pyx_t_5));
 
 
 
-  /* "ivshmem/channel/records.pyx":229
+  /* "ivshmem/channel/records.pyx":245
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))
  *     return True             # <<<<<<<<<<<<<<
@@ -9682,7 +9704,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":222
+  /* "ivshmem/channel/records.pyx":238
  * 
  * 
  * cdef bint pad(str name, char *padded) except -1:             # <<<<<<<<<<<<<<
@@ -9704,7 +9726,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":232
+/* "ivshmem/channel/records.pyx":248
  * 
  * 
  * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:             # <<<<<<<<<<<<<<
@@ -9721,21 +9743,21 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/records.pyx":234
+  /* "ivshmem/channel/records.pyx":250
  * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     if not pad(name, padded):             # <<<<<<<<<<<<<<
  *         return IVSHMEM_NOT_FOUND
  *     return ivshmem_find(&membership.member.area, padded, record)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_pad(__pyx_v_name, __pyx_v_padded); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L1_error)
   __pyx_t_2 = (!__pyx_t_1);
 
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/records.pyx":235
+    /* "ivshmem/channel/records.pyx":251
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     if not pad(name, padded):
  *         return IVSHMEM_NOT_FOUND             # <<<<<<<<<<<<<<
@@ -9748,7 +9770,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":234
+    /* "ivshmem/channel/records.pyx":250
  * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:
  *     cdef char padded[IVSHMEM_CHANNEL_NAME]
  *     if not pad(name, padded):             # <<<<<<<<<<<<<<
@@ -9757,7 +9779,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/records.pyx":236
+  /* "ivshmem/channel/records.pyx":252
  *     if not pad(name, padded):
  *         return IVSHMEM_NOT_FOUND
  *     return ivshmem_find(&membership.member.area, padded, record)             # <<<<<<<<<<<<<<
@@ -9770,7 +9792,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":232
+  /* "ivshmem/channel/records.pyx":248
  * 
  * 
  * cdef int find_record(Membership membership, str name, ivshmem_record *record) except? -1:             # <<<<<<<<<<<<<<
@@ -9788,7 +9810,7 @@ static int __pyx_f_7ivshmem_7channel_7records_find_record(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":239
+/* "ivshmem/channel/records.pyx":255
  * 
  * 
  * cdef object is_spoiled(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9816,14 +9838,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_spoiled", 0);
 
-  /* "ivshmem/channel/records.pyx":240
+  /* "ivshmem/channel/records.pyx":256
  * 
  * cdef object is_spoiled(ivshmem_record *record):
  *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
  *     return ChannelCorrupt(
- *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"
 */
-  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9834,13 +9856,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -9850,50 +9872,50 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 256, __pyx_L1_error)
   __pyx_v_name = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":241
+  /* "ivshmem/channel/records.pyx":257
  * cdef object is_spoiled(ivshmem_record *record):
  *     name = (<bytes>record.name).decode(errors="replace")
  *     return ChannelCorrupt(             # <<<<<<<<<<<<<<
- *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
- *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"
+ *         " that can write to the memory. Its memory stays set aside until `ivshmem channel rm"
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 241, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/records.pyx":242
+  /* "ivshmem/channel/records.pyx":258
  *     name = (<bytes>record.name).decode(errors="replace")
  *     return ChannelCorrupt(
- *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"             # <<<<<<<<<<<<<<
- *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
- *         f" {record.index} --force` removes it"
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"             # <<<<<<<<<<<<<<
+ *         " that can write to the memory. Its memory stays set aside until `ivshmem channel rm"
+ *         f" --record {record.index} --force` removes it"
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_6 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_CallOneArg(__pyx_t_2, __pyx_v_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_6), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_6), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  /* "ivshmem/channel/records.pyx":244
- *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"
- *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
- *         f" {record.index} --force` removes it"             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/records.pyx":260
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"
+ *         " that can write to the memory. Its memory stays set aside until `ivshmem channel rm"
+ *         f" --record {record.index} --force` removes it"             # <<<<<<<<<<<<<<
  *     )
  * 
 */
-  __pyx_t_7 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_record->index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_8[1] = __pyx_t_2;
@@ -9903,12 +9925,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
   __pyx_t_8[5] = __pyx_t_7;
   __pyx_t_8[6] = __pyx_mstate_global->__pyx_kp_u_force_removes_it;
 
-  /* "ivshmem/channel/records.pyx":242
+  /* "ivshmem/channel/records.pyx":258
  *     name = (<bytes>record.name).decode(errors="replace")
  *     return ChannelCorrupt(
- *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process that"             # <<<<<<<<<<<<<<
- *         " can write to the memory. Its memory stays set aside until `ivshmem channel rm --record"
- *         f" {record.index} --force` removes it"
+ *         f"channel {plain(name)!r}: its record, number {record.index}, is spoiled by some process"             # <<<<<<<<<<<<<<
+ *         " that can write to the memory. Its memory stays set aside until `ivshmem channel rm"
+ *         f" --record {record.index} --force` removes it"
 */
   __pyx_t_9 = 170;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
@@ -9919,7 +9941,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
   __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
   #endif
   __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 7, __pyx_t_9, __pyx_t_10);
-  if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9942,7 +9964,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9956,7 +9978,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":239
+  /* "ivshmem/channel/records.pyx":255
  * 
  * 
  * cdef object is_spoiled(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -9982,7 +10004,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_is_spoiled(struct ivshmem_re
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":248
+/* "ivshmem/channel/records.pyx":264
  * 
  * 
  * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -10030,32 +10052,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 264, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "spoiled", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "spoiled", 0) < (0)) __PYX_ERR(0, 264, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, i); __PYX_ERR(0, 248, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, i); __PYX_ERR(0, 264, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("spoiled", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 264, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10066,7 +10088,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 264, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_8spoiled(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -10108,17 +10130,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("spoiled", 0);
 
-  /* "ivshmem/channel/records.pyx":252
+  /* "ivshmem/channel/records.pyx":268
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     return [
  *         {
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 268, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":253
+  /* "ivshmem/channel/records.pyx":269
  *     cdef unsigned i
  *     membership.check()
  *     return [             # <<<<<<<<<<<<<<
@@ -10126,10 +10148,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
  *             "index": record.index,
 */
   { /* enter inner scope */
-    __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
+    __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/records.pyx":260
+    /* "ivshmem/channel/records.pyx":276
  *             "maker": maker_of(membership, record.state)[0],
  *         }
  *         for i in range(membership.member.area.records)             # <<<<<<<<<<<<<<
@@ -10143,7 +10165,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_8genexpr4__pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/channel/records.pyx":261
+      /* "ivshmem/channel/records.pyx":277
  *         }
  *         for i in range(membership.member.area.records)
  *         if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT             # <<<<<<<<<<<<<<
@@ -10155,40 +10177,40 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
       if (__pyx_t_6) {
 
 
-        /* "ivshmem/channel/records.pyx":255
+        /* "ivshmem/channel/records.pyx":271
  *     return [
  *         {
  *             "index": record.index,             # <<<<<<<<<<<<<<
  *             "state": record.state,
  *             "name": (<bytes>record.name).decode(errors="replace"),
 */
-        __pyx_t_7 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __pyx_t_7 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 255, __pyx_L1_error)
+        __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_8);
-        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_8) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-        /* "ivshmem/channel/records.pyx":256
+        /* "ivshmem/channel/records.pyx":272
  *         {
  *             "index": record.index,
  *             "state": record.state,             # <<<<<<<<<<<<<<
  *             "name": (<bytes>record.name).decode(errors="replace"),
  *             "maker": maker_of(membership, record.state)[0],
 */
-        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 256, __pyx_L1_error)
+        __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_8);
-        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_state, __pyx_t_8) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-        /* "ivshmem/channel/records.pyx":257
+        /* "ivshmem/channel/records.pyx":273
  *             "index": record.index,
  *             "state": record.state,
  *             "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             "maker": maker_of(membership, record.state)[0],
  *         }
 */
-        __pyx_t_10 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 257, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 273, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_9 = __pyx_t_10;
         __Pyx_INCREF(__pyx_t_9);
@@ -10199,13 +10221,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
           PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_n_u_replace};
           #if CYTHON_VECTORCALL
           __pyx_t_12 = __pyx_mstate_global->__pyx_tuple[0];
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 257, __pyx_L1_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 273, __pyx_L1_error)
           __Pyx_INCREF(__pyx_t_12);
           #else
           {
             PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
             __pyx_t_12 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 257, __pyx_L1_error)
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 273, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
           }
           #endif
@@ -10215,36 +10237,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
           #endif
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 257, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 273, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
         }
-        if (!(likely(PyUnicode_CheckExact(__pyx_t_8))||((__pyx_t_8) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_8))) __PYX_ERR(0, 257, __pyx_L1_error)
-        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_8) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        if (!(likely(PyUnicode_CheckExact(__pyx_t_8))||((__pyx_t_8) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_8))) __PYX_ERR(0, 273, __pyx_L1_error)
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_8) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-        /* "ivshmem/channel/records.pyx":258
+        /* "ivshmem/channel/records.pyx":274
  *             "state": record.state,
  *             "name": (<bytes>record.name).decode(errors="replace"),
  *             "maker": maker_of(membership, record.state)[0],             # <<<<<<<<<<<<<<
  *         }
  *         for i in range(membership.member.area.records)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 258, __pyx_L1_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_7channel_7records_maker_of(__pyx_v_membership, __pyx_v_record.state); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 274, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_8);
         if (unlikely(__pyx_t_8 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-          __PYX_ERR(0, 258, __pyx_L1_error)
+          __PYX_ERR(0, 274, __pyx_L1_error)
         }
-        __pyx_t_10 = __Pyx_GetItemInt_Tuple(__pyx_t_8, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 258, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_GetItemInt_Tuple(__pyx_t_8, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 274, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_maker, __pyx_t_10) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+        if (PyDict_SetItem(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_maker, __pyx_t_10) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_GIVEREF(__pyx_t_7);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_7))) __PYX_ERR(0, 253, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_7))) __PYX_ERR(0, 269, __pyx_L1_error)
         __pyx_t_7 = 0;
 
-        /* "ivshmem/channel/records.pyx":261
+        /* "ivshmem/channel/records.pyx":277
  *         }
  *         for i in range(membership.member.area.records)
  *         if ivshmem_record_read(&membership.member.area, i, &record) == IVSHMEM_CORRUPT             # <<<<<<<<<<<<<<
@@ -10266,7 +10288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":248
+  /* "ivshmem/channel/records.pyx":264
  * 
  * 
  * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -10292,7 +10314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8spoiled(CYTHON_UNUSED PyOb
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":265
+/* "ivshmem/channel/records.pyx":281
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -10340,32 +10362,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "listing", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 265, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("listing", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10376,7 +10398,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 265, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 281, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10listing(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -10416,29 +10438,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("listing", 0);
 
-  /* "ivshmem/channel/records.pyx":269
+  /* "ivshmem/channel/records.pyx":285
  *     cdef ivshmem_record record
  *     cdef unsigned i
  *     membership.check()             # <<<<<<<<<<<<<<
  *     found = []
  *     for i in range(membership.member.area.records):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 269, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":270
+  /* "ivshmem/channel/records.pyx":286
  *     cdef unsigned i
  *     membership.check()
  *     found = []             # <<<<<<<<<<<<<<
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 286, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":271
+  /* "ivshmem/channel/records.pyx":287
  *     membership.check()
  *     found = []
  *     for i in range(membership.member.area.records):             # <<<<<<<<<<<<<<
@@ -10452,7 +10474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/records.pyx":272
+    /* "ivshmem/channel/records.pyx":288
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -10464,43 +10486,43 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/records.pyx":273
+      /* "ivshmem/channel/records.pyx":289
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts_of(&record)             # <<<<<<<<<<<<<<
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_facts_of((&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_v_channel, ((PyObject*)__pyx_t_2));
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/records.pyx":274
+      /* "ivshmem/channel/records.pyx":290
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:
  *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))             # <<<<<<<<<<<<<<
  *             found.append(channel)
  *     return found
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7records_usage(__pyx_v_membership, (&__pyx_v_record)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 274, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type__update, __pyx_v_channel, __pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 290, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/records.pyx":275
+      /* "ivshmem/channel/records.pyx":291
  *             channel = facts_of(&record)
  *             channel.update(usage(membership, &record))
  *             found.append(channel)             # <<<<<<<<<<<<<<
  *     return found
  * 
 */
-      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyList_Append(__pyx_v_found, __pyx_v_channel); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/records.pyx":272
+      /* "ivshmem/channel/records.pyx":288
  *     found = []
  *     for i in range(membership.member.area.records):
  *         if ivshmem_record_read(&membership.member.area, i, &record) == 0:             # <<<<<<<<<<<<<<
@@ -10511,7 +10533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
   }
 
 
-  /* "ivshmem/channel/records.pyx":276
+  /* "ivshmem/channel/records.pyx":292
  *             channel.update(usage(membership, &record))
  *             found.append(channel)
  *     return found             # <<<<<<<<<<<<<<
@@ -10529,7 +10551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":265
+  /* "ivshmem/channel/records.pyx":281
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -10554,7 +10576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10listing(CYTHON_UNUSED PyO
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":330
+/* "ivshmem/channel/records.pyx":346
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -10574,7 +10596,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 330, __pyx_L1_error)
+    __PYX_ERR(0, 346, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -10585,7 +10607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -10628,15 +10650,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 330, __pyx_L1_error)
+    __PYX_ERR(0, 346, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 330, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 346, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 330, __pyx_L1_error)
+    __PYX_ERR(0, 346, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -10644,7 +10666,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 330, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -10655,9 +10677,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 330, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -10684,7 +10706,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 330, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 346, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10712,7 +10734,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":279
+/* "ivshmem/channel/records.pyx":295
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -10766,12 +10788,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 279, __pyx_L1_error)
+    __PYX_ERR(0, 295, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":282
+  /* "ivshmem/channel/records.pyx":298
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
@@ -10780,7 +10802,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
 
-  /* "ivshmem/channel/records.pyx":286
+  /* "ivshmem/channel/records.pyx":302
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
@@ -10789,42 +10811,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":288
+  /* "ivshmem/channel/records.pyx":304
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,             # <<<<<<<<<<<<<<
  *         "bytes": channel.layout.size,
  *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_published, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":289
+  /* "ivshmem/channel/records.pyx":305
  *     ends = {
  *         "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
  *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
  *     }
  *     if g.kind == IVSHMEM_BYTES:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":291
+  /* "ivshmem/channel/records.pyx":307
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -10836,7 +10858,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":292
+    /* "ivshmem/channel/records.pyx":308
  *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -10850,7 +10872,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":293
+      /* "ivshmem/channel/records.pyx":309
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -10860,7 +10882,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":294
+        /* "ivshmem/channel/records.pyx":310
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -10869,7 +10891,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":295
+        /* "ivshmem/channel/records.pyx":311
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -10887,7 +10909,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":296
+        /* "ivshmem/channel/records.pyx":312
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -10901,7 +10923,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":295
+        /* "ivshmem/channel/records.pyx":311
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -10911,7 +10933,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":298
+          /* "ivshmem/channel/records.pyx":314
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -10920,16 +10942,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 298, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 314, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":299
+          /* "ivshmem/channel/records.pyx":315
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -10938,7 +10960,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":295
+          /* "ivshmem/channel/records.pyx":311
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -10951,7 +10973,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":291
+    /* "ivshmem/channel/records.pyx":307
  *         "bytes": channel.layout.size,
  *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
@@ -10961,7 +10983,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":301
+  /* "ivshmem/channel/records.pyx":317
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -10976,7 +10998,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":302
+      /* "ivshmem/channel/records.pyx":318
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -10985,7 +11007,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":303
+      /* "ivshmem/channel/records.pyx":319
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -10994,7 +11016,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":304
+      /* "ivshmem/channel/records.pyx":320
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended             # <<<<<<<<<<<<<<
@@ -11003,19 +11025,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_published);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_published;
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 304, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_object_int(__pyx_t_2, __pyx_t_1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 304, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_10) < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/records.pyx":305
+      /* "ivshmem/channel/records.pyx":321
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -11027,7 +11049,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":306
+        /* "ivshmem/channel/records.pyx":322
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11036,7 +11058,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":305
+        /* "ivshmem/channel/records.pyx":321
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["published"] += head  # also of a writer that has ended
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -11045,7 +11067,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":307
+      /* "ivshmem/channel/records.pyx":323
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -11054,59 +11076,59 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":308
+      /* "ivshmem/channel/records.pyx":324
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 308, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/records.pyx":309
+      /* "ivshmem/channel/records.pyx":325
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
  *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 309, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 309, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 325, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_2 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":308
+      /* "ivshmem/channel/records.pyx":324
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
 
-      /* "ivshmem/channel/records.pyx":311
+      /* "ivshmem/channel/records.pyx":327
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -11118,7 +11140,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":312
+        /* "ivshmem/channel/records.pyx":328
  *             ))
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
@@ -11132,7 +11154,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
           __pyx_v_j = __pyx_t_7;
 
-          /* "ivshmem/channel/records.pyx":313
+          /* "ivshmem/channel/records.pyx":329
  *             if ivshmem_has_claims(&channel):
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -11141,7 +11163,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-          /* "ivshmem/channel/records.pyx":314
+          /* "ivshmem/channel/records.pyx":330
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -11158,7 +11180,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/records.pyx":315
+            /* "ivshmem/channel/records.pyx":331
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
@@ -11167,19 +11189,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
             __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
             __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
-            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 315, __pyx_L1_error)
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_13);
-            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 315, __pyx_L1_error)
+            __pyx_t_10 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
-            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 315, __pyx_L1_error)
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_10); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_12);
             __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 315, __pyx_L1_error)
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 331, __pyx_L1_error)
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-            /* "ivshmem/channel/records.pyx":314
+            /* "ivshmem/channel/records.pyx":330
  *                 for j in range(g.slots):
  *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
@@ -11190,7 +11212,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         }
 
 
-        /* "ivshmem/channel/records.pyx":311
+        /* "ivshmem/channel/records.pyx":327
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
  *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
@@ -11204,7 +11226,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":316
+  /* "ivshmem/channel/records.pyx":332
  *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
@@ -11218,7 +11240,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":317
+    /* "ivshmem/channel/records.pyx":333
  *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -11227,7 +11249,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":318
+    /* "ivshmem/channel/records.pyx":334
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -11239,7 +11261,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":319
+      /* "ivshmem/channel/records.pyx":335
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
@@ -11248,7 +11270,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":318
+      /* "ivshmem/channel/records.pyx":334
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -11257,7 +11279,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":320
+    /* "ivshmem/channel/records.pyx":336
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -11266,7 +11288,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":321
+    /* "ivshmem/channel/records.pyx":337
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -11278,7 +11300,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":322
+      /* "ivshmem/channel/records.pyx":338
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
@@ -11287,7 +11309,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":321
+      /* "ivshmem/channel/records.pyx":337
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -11296,7 +11318,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":323
+    /* "ivshmem/channel/records.pyx":339
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -11306,7 +11328,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":324
+    /* "ivshmem/channel/records.pyx":340
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -11315,7 +11337,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":325
+    /* "ivshmem/channel/records.pyx":341
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
@@ -11325,7 +11347,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__4);
     __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__4);
 
-    /* "ivshmem/channel/records.pyx":326
+    /* "ivshmem/channel/records.pyx":342
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -11337,7 +11359,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":327
+      /* "ivshmem/channel/records.pyx":343
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -11346,7 +11368,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":328
+      /* "ivshmem/channel/records.pyx":344
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -11355,33 +11377,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":330
+      /* "ivshmem/channel/records.pyx":346
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 330, __pyx_L1_error)
+      __pyx_t_10 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 346, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":329
+      /* "ivshmem/channel/records.pyx":345
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 345, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":332
+      /* "ivshmem/channel/records.pyx":348
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -11395,7 +11417,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":333
+        /* "ivshmem/channel/records.pyx":349
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -11404,7 +11426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":334
+        /* "ivshmem/channel/records.pyx":350
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -11416,7 +11438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":339
+          /* "ivshmem/channel/records.pyx":355
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -11426,7 +11448,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":336
+          /* "ivshmem/channel/records.pyx":352
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -11436,7 +11458,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
           __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":339
+          /* "ivshmem/channel/records.pyx":355
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -11453,24 +11475,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
             __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 339, __pyx_L1_error)
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":335
+          /* "ivshmem/channel/records.pyx":351
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 335, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 351, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_10));
           __pyx_t_10 = 0;
 
-          /* "ivshmem/channel/records.pyx":334
+          /* "ivshmem/channel/records.pyx":350
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -11481,7 +11503,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":326
+      /* "ivshmem/channel/records.pyx":342
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -11490,60 +11512,60 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":341
+    /* "ivshmem/channel/records.pyx":357
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 341, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/records.pyx":342
+    /* "ivshmem/channel/records.pyx":358
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 342, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_2) != (0)) __PYX_ERR(0, 358, __pyx_L1_error);
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/records.pyx":341
+    /* "ivshmem/channel/records.pyx":357
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 341, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_10, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
@@ -11551,7 +11573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
 
 
-  /* "ivshmem/channel/records.pyx":344
+  /* "ivshmem/channel/records.pyx":360
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -11569,7 +11591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":279
+  /* "ivshmem/channel/records.pyx":295
  * 
  * 
  * cdef dict usage(Membership membership, ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -11609,7 +11631,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":347
+/* "ivshmem/channel/records.pyx":363
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -11628,7 +11650,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":348
+  /* "ivshmem/channel/records.pyx":364
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -11637,7 +11659,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":349
+  /* "ivshmem/channel/records.pyx":365
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -11649,7 +11671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":350
+    /* "ivshmem/channel/records.pyx":366
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -11667,7 +11689,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":349
+    /* "ivshmem/channel/records.pyx":365
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -11676,18 +11698,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":351
+  /* "ivshmem/channel/records.pyx":367
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":352
+    /* "ivshmem/channel/records.pyx":368
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -11705,7 +11727,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":351
+    /* "ivshmem/channel/records.pyx":367
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -11714,7 +11736,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":353
+  /* "ivshmem/channel/records.pyx":369
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -11742,7 +11764,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":347
+  /* "ivshmem/channel/records.pyx":363
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -11762,7 +11784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":356
+/* "ivshmem/channel/records.pyx":372
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
@@ -11812,46 +11834,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 372, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 356, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 372, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 356, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 372, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 372, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, i); __PYX_ERR(0, 356, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, i); __PYX_ERR(0, 372, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 372, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 372, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_found = ((PyObject*)values[1]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 356, __pyx_L3_error)
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[2]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 372, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11862,8 +11884,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 356, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 372, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_12remove(__pyx_self, __pyx_v_membership, __pyx_v_found, __pyx_v_force);
 
   /* function exit code */
@@ -11910,30 +11932,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":367
+  /* "ivshmem/channel/records.pyx":383
  *     cdef ivshmem_channel channel
  *     cdef int code
  *     cdef str name = found["name"]             # <<<<<<<<<<<<<<
  *     membership.check()
  *     if membership.mapping.fixed:
 */
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 367, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_1))) __PYX_ERR(0, 383, __pyx_L1_error)
   __pyx_v_name = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":368
+  /* "ivshmem/channel/records.pyx":384
  *     cdef int code
  *     cdef str name = found["name"]
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 384, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":369
+  /* "ivshmem/channel/records.pyx":385
  *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11942,7 +11964,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":370
+    /* "ivshmem/channel/records.pyx":386
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
@@ -11950,7 +11972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11969,14 +11991,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 386, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 370, __pyx_L1_error)
+    __PYX_ERR(0, 386, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":369
+    /* "ivshmem/channel/records.pyx":385
  *     cdef str name = found["name"]
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11985,21 +12007,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":371
+  /* "ivshmem/channel/records.pyx":387
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)             # <<<<<<<<<<<<<<
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)
 */
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 371, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_6 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_6 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 371, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_As_unsigned_int(__pyx_t_1); if (unlikely((__pyx_t_6 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 387, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_t_6, (&__pyx_v_record));
 
 
-  /* "ivshmem/channel/records.pyx":372
+  /* "ivshmem/channel/records.pyx":388
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:             # <<<<<<<<<<<<<<
@@ -12026,11 +12048,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_record.state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_GetItem(__pyx_v_found, __pyx_mstate_global->__pyx_n_u_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_int_object(__pyx_t_1, __pyx_t_4, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_CompareBoolNe_int_object(__pyx_t_1, __pyx_t_4, Py_NE); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -12040,7 +12062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":373
+    /* "ivshmem/channel/records.pyx":389
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -12048,7 +12070,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
  *         if not force:
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 373, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12067,14 +12089,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 373, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 389, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 373, __pyx_L1_error)
+    __PYX_ERR(0, 389, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":372
+    /* "ivshmem/channel/records.pyx":388
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     code = ivshmem_record_read(&membership.member.area, found["index"], &record)
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:             # <<<<<<<<<<<<<<
@@ -12083,7 +12105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":374
+  /* "ivshmem/channel/records.pyx":390
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -12095,7 +12117,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/channel/records.pyx":375
+    /* "ivshmem/channel/records.pyx":391
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_CORRUPT:
  *         if not force:             # <<<<<<<<<<<<<<
@@ -12107,20 +12129,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/channel/records.pyx":376
+      /* "ivshmem/channel/records.pyx":392
  *     if code == IVSHMEM_CORRUPT:
  *         if not force:
  *             raise is_spoiled(&record)  # who uses it cannot be known             # <<<<<<<<<<<<<<
  *         channel.area = membership.member.area
  *         channel.record = record
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7records_is_spoiled((&__pyx_v_record)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 392, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 376, __pyx_L1_error)
+      __PYX_ERR(0, 392, __pyx_L1_error)
 
-      /* "ivshmem/channel/records.pyx":375
+      /* "ivshmem/channel/records.pyx":391
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_CORRUPT:
  *         if not force:             # <<<<<<<<<<<<<<
@@ -12129,7 +12151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
     }
 
-    /* "ivshmem/channel/records.pyx":377
+    /* "ivshmem/channel/records.pyx":393
  *         if not force:
  *             raise is_spoiled(&record)  # who uses it cannot be known
  *         channel.area = membership.member.area             # <<<<<<<<<<<<<<
@@ -12140,7 +12162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 
     __pyx_v_channel.area = __pyx_t_10;
 
-    /* "ivshmem/channel/records.pyx":378
+    /* "ivshmem/channel/records.pyx":394
  *             raise is_spoiled(&record)  # who uses it cannot be known
  *         channel.area = membership.member.area
  *         channel.record = record             # <<<<<<<<<<<<<<
@@ -12149,7 +12171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
     __pyx_v_channel.record = __pyx_v_record;
 
-    /* "ivshmem/channel/records.pyx":374
+    /* "ivshmem/channel/records.pyx":390
  *     if code not in (0, IVSHMEM_CORRUPT) or record.state != found["state"]:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_CORRUPT:             # <<<<<<<<<<<<<<
@@ -12159,7 +12181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
     goto __pyx_L7;
   }
 
-  /* "ivshmem/channel/records.pyx":380
+  /* "ivshmem/channel/records.pyx":396
  *         channel.record = record
  *     else:
  *         ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -12171,7 +12193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   }
   __pyx_L7:;
 
-  /* "ivshmem/channel/records.pyx":381
+  /* "ivshmem/channel/records.pyx":397
  *     else:
  *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
@@ -12180,7 +12202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":382
+  /* "ivshmem/channel/records.pyx":398
  *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -12192,7 +12214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":383
+    /* "ivshmem/channel/records.pyx":399
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -12200,7 +12222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
  *         raise ChannelError(
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12219,14 +12241,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_1, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 399, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 383, __pyx_L1_error)
+    __PYX_ERR(0, 399, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":382
+    /* "ivshmem/channel/records.pyx":398
  *         ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -12235,7 +12257,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":384
+  /* "ivshmem/channel/records.pyx":400
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12247,7 +12269,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":385
+    /* "ivshmem/channel/records.pyx":401
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -12255,17 +12277,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
  *             " only if you know that none of them stores into its memory any more)"
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/records.pyx":386
+    /* "ivshmem/channel/records.pyx":402
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 402, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_12[1] = __pyx_t_11;
@@ -12279,7 +12301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 3, __pyx_t_13, __pyx_t_2);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 386, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 402, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_5 = 1;
@@ -12300,14 +12322,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 385, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 385, __pyx_L1_error)
+    __PYX_ERR(0, 401, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":384
+    /* "ivshmem/channel/records.pyx":400
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12316,7 +12338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":389
+  /* "ivshmem/channel/records.pyx":405
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -12328,20 +12350,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/channel/records.pyx":390
+    /* "ivshmem/channel/records.pyx":406
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 390, __pyx_L1_error)
+    __PYX_ERR(0, 406, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":389
+    /* "ivshmem/channel/records.pyx":405
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -12350,24 +12372,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_12remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":391
+  /* "ivshmem/channel/records.pyx":407
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->look_after_ends(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":392
+  /* "ivshmem/channel/records.pyx":408
  *         raise membership.fail(code, NULL, name)
  *     membership.look_after_ends()  # those of this process that are removed know it now
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":356
+  /* "ivshmem/channel/records.pyx":372
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
@@ -13309,14 +13331,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of)) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of)) __PYX_ERR(0, 199, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_of);
@@ -13342,14 +13364,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 191, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 207, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 191, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -13375,14 +13397,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage)) __PYX_ERR(0, 295, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshmem_7channel_7records_usage);
@@ -13408,14 +13430,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 346, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -14193,7 +14215,7 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  *     "block": IVSHMEM_BLOCK,
  *     "discard": IVSHMEM_DISCARD,             # <<<<<<<<<<<<<<
  * }
- * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
+ * # The least and the most of each number of a geometry; and of one of bytes.
 */
   __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_DISCARD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -14202,133 +14224,267 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OVERFLOW, __pyx_t_2) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":34
- *     "discard": IVSHMEM_DISCARD,
+  /* "ivshmem/channel/records.pyx":36
+ * # The least and the most of each number of a geometry; and of one of bytes.
+ * NUMBERS = {
+ *     "writers": (1, IVSHMEM_MOST_WRITERS),             # <<<<<<<<<<<<<<
+ *     "readers": (0, IVSHMEM_MOST_READERS),
+ *     "slots": (1, IVSHMEM_MOST_SLOTS),
+*/
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_WRITERS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_t_4};
+    __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 36, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_7) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+  /* "ivshmem/channel/records.pyx":37
+ * NUMBERS = {
+ *     "writers": (1, IVSHMEM_MOST_WRITERS),
+ *     "readers": (0, IVSHMEM_MOST_READERS),             # <<<<<<<<<<<<<<
+ *     "slots": (1, IVSHMEM_MOST_SLOTS),
+ *     "loans": (1, IVSHMEM_MOST_LOANS),
+*/
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_READERS); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_0, __pyx_t_7};
+    __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 37, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/records.pyx":38
+ *     "writers": (1, IVSHMEM_MOST_WRITERS),
+ *     "readers": (0, IVSHMEM_MOST_READERS),
+ *     "slots": (1, IVSHMEM_MOST_SLOTS),             # <<<<<<<<<<<<<<
+ *     "loans": (1, IVSHMEM_MOST_LOANS),
+ * }
+*/
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_SLOTS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_t_4};
+    __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 38, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_7) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+  /* "ivshmem/channel/records.pyx":39
+ *     "readers": (0, IVSHMEM_MOST_READERS),
+ *     "slots": (1, IVSHMEM_MOST_SLOTS),
+ *     "loans": (1, IVSHMEM_MOST_LOANS),             # <<<<<<<<<<<<<<
+ * }
+ * NUMBERS_OF_BYTES = {
+*/
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_LOANS); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 39, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_t_7};
+    __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NUMBERS, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/records.pyx":42
+ * }
+ * NUMBERS_OF_BYTES = {
+ *     "writers": (1, IVSHMEM_MOST_CONNECTIONS),             # <<<<<<<<<<<<<<
+ *     "readers": (1, IVSHMEM_MOST_READERS),
+ *     "slots": (64, IVSHMEM_MOST_BUFFER),
+*/
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_CONNECTIONS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_t_4};
+    __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 42, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_7) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+  /* "ivshmem/channel/records.pyx":43
+ * NUMBERS_OF_BYTES = {
+ *     "writers": (1, IVSHMEM_MOST_CONNECTIONS),
+ *     "readers": (1, IVSHMEM_MOST_READERS),             # <<<<<<<<<<<<<<
+ *     "slots": (64, IVSHMEM_MOST_BUFFER),
+ * }
+*/
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_READERS); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_t_7};
+    __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 43, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/records.pyx":44
+ *     "writers": (1, IVSHMEM_MOST_CONNECTIONS),
+ *     "readers": (1, IVSHMEM_MOST_READERS),
+ *     "slots": (64, IVSHMEM_MOST_BUFFER),             # <<<<<<<<<<<<<<
+ * }
+ * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
+*/
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_MOST_BUFFER); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_64, __pyx_t_4};
+    __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+  }
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_7) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NUMBERS_OF_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/records.pyx":46
+ *     "slots": (64, IVSHMEM_MOST_BUFFER),
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1             # <<<<<<<<<<<<<<
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":35
+  /* "ivshmem/channel/records.pyx":47
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":55
+  /* "ivshmem/channel/records.pyx":67
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 67, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 67, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":62
+  /* "ivshmem/channel/records.pyx":74
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return (bytes of a unit, units, free ones, the most free ones in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":77
+  /* "ivshmem/channel/records.pyx":89
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
  *     """Create a channel; return the facts of its record.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 77, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 89, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 89, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":204
+  /* "ivshmem/channel/records.pyx":220
  * 
  * 
  * def find(Membership membership not None, str name):             # <<<<<<<<<<<<<<
  *     """Return the facts of the channel of that name.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_7find, 0, __pyx_mstate_global->__pyx_n_u_find, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find, __pyx_t_2) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":248
+  /* "ivshmem/channel/records.pyx":264
  * 
  * 
  * def spoiled(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return what is known of channels whose records are spoiled."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9spoiled, 0, __pyx_mstate_global->__pyx_n_u_spoiled, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_9spoiled, 0, __pyx_mstate_global->__pyx_n_u_spoiled, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_spoiled, __pyx_t_2) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_spoiled, __pyx_t_2) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":265
+  /* "ivshmem/channel/records.pyx":281
  * 
  * 
  * def listing(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return the facts of all channels."""
  *     cdef ivshmem_record record
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 265, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11listing, 0, __pyx_mstate_global->__pyx_n_u_listing, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":356
+  /* "ivshmem/channel/records.pyx":372
  * 
  * 
  * def remove(Membership membership not None, dict found not None, bint force):             # <<<<<<<<<<<<<<
  *     """Remove the channel that was found, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_13remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_13remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -14402,7 +14558,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":167
+  /* "ivshmem/channel/records.pyx":183
  *     """Say who made a channel and who uses it, as far as the memory tells."""
  *     by, names = maker_of(membership, record.state)
  *     name = (<bytes>record.name).decode(errors="replace")             # <<<<<<<<<<<<<<
@@ -14411,7 +14567,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 167, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14452,41 +14608,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{20},{8},{31},{9},{75},{134},{15},{1},{2},{20},{121},{10},{10},{38},{8},{39},{1},{34},{11},{21},{84},{1},{4},{179},{11},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{14},{12},{13},{5},{10},{13},{7},{8},{11},{10},{1},{6},{20},{12},{17},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{7},{5},{5},{4},{5},{4},{7},{5},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{116},{32},{107},{101},{75},{379},{262},{2},{2}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{20},{8},{31},{9},{113},{75},{134},{15},{1},{2},{20},{121},{10},{10},{38},{8},{39},{1},{46},{11},{21},{84},{1},{4},{179},{11},{12},{23},{8},{8},{7},{6},{2},{9},{14},{20},{12},{27},{20},{6},{64},{19},{14},{12},{13},{5},{10},{7},{16},{13},{7},{8},{11},{10},{1},{6},{20},{12},{17},{8},{8},{10},{8},{12},{14},{12},{8},{13},{6},{4},{18},{16},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{6},{7},{6},{25},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{5},{3},{9},{5},{6},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{7},{5},{5},{4},{5},{4},{7},{5},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{44},{116},{32},{107},{101},{75},{385},{262},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1841 bytes) */
-static const char cstring[] = "x\332}U\317o\0337\026\216\020\253vm\325\201\262I\335\356\026-\335,b\307\353\270\0206I\273\312\242\205\353(\333\240[\333\262\363c\263X@\246f(\211\361\210\224\206\034\3132\026E\216:\316q\216s\234\243\216:\352\350\243\217:\372O\350\237\320\217\234\221c7\333\025\240!\207|\217\357{\337\373\036\207\254v|\3510\245\010\271\177\277!}\207\035\020\237\265\345\021S\204kB=\237Q\267O\250\317H\303g\214pA\244`\244\303\231\303\310\252\364a\341\021B5iK\245\tqZT\010\346)\302\2169\336u\013;8\306\241\202\264\350\021\273\367\230\034\360#\325j\263\366\324\224x\352\200x0V\244g\255\025\274\030\302a\202`\201b\345\367}\270h\310\003\242h_\221z\037~\334i\221,\017\340^\265y\224\001\324\353\023\336 }\031\220C!{)\034a\360\313\206\211\322&JK\337d*\264\004NE\020D\372HW\364\221\220\317\356\031\024o\002d\322\246\207\\4\357\255\223ul\272\231\277\241\205\256(\254\301Lu$\367\230k\000)\331fS<iPC@\317\347\232\021\0042\236i\240\r\362\354]P\245M>\212\201u\305]F\002\241\271\367~\356~\033\225\362\231#}\027\201\333\024\226\010\271n\230r\257\316\204\254K\267_\376\237G\254g\254MG*\244\241\375\002u\217^I|\243L(i2\344\245\201Tg\205\202\217\251\277\3541\267L\312\246\320\232\036\202\316\262\3452\305\270ND\320\256\343\344\307f_\265d\317\370\021\305\233\302\260\350\361\006*\205\"a\263\307\241%\301\216`\354\007\202\320&\345b\375w\010\350x\024\002\374n\033\305\334\226\206V\003i\253\257[R\030d.\3638\202R\315<C\254\317\035\215Sa$\310ne\367\376\203o\036\3302\372\354\rs\000U\005u\307\243V<\300T\017\270\247\241=\335\3570\205\022\245\n\022\014\254\242z\035\330]v\000m\302V\315\224u\005\020\245\246\232KQ\203;\230[!.\007\023\232\037\331\332?\245\236b\033\007\204\t7\225\306\345v\243WE\323B\r<\326\320\324uk8\225M\tp\271\242u\2171a\236M\207\253t\346fDm0\337\227\276\232\276eJS\374\204]\254iv\254\263\371W\331\251_\245\345R\033\235\3761\352\343K\331&\350\243\013\326S\302M\216>k\362\224\3456\355t@\21213\327\004\262\265=W6\005\236\372\031\345\327Y\226\244{\321\332\364\302`+\035\267\244\357\007\035\235\275UL\n\323\271\271J\324\217\317""\266\237\354oo\376T\251}\377\372ye\177[\356\007N+\263\330\331}\376lg{\177\347ee\357\351?w^\355Y\200\366\210\347\257w3\207Z\3158c\330\355\037\343\377\004\212\250m\203\206=\326\250\325\262\252\261\032~\266\256\265&\323\350\326\266Yh\004\3021c\033r\264\243t\003\317\232\n\332\266#(\2539\264\303\247\363#m\352a\336\272\001\365\246V\232)\215\201\253\032\210\226\001\024\306\014\177\3025\267\010U}\341p\271q\261\245\352\3249T\300\322\362\231\345\276\316u\335\223\316a\275\217\203\034\264\235\312\030t<\230\327\200M\373\306\014n\216\047\0253\017T\304\221.\n\013;\307\210R9\210\005%\331\247kv\\\350\006\307\371.\023\346%}\272\251\204\032\024\315Q\223\215\215\277#0\204\373\355F\223\tv\334\361\033\\\270\366\222\305\243Mu\315\210\253!\003,\342\033\321\314\214\246\327\005\250l\242M9|\360U\000\251\0272\314\022\330\310\244\207\213\306\365(zM{\274\315\265\371( \001OR\241p\0131\037.\350i\325\342\235\313\232n\243_h\023#>@\302p\215\340Z\202W\331\261\031Cv~\003w\224\031\355\025l\331Txr\321\221\235NPG\240\026s\273\001\013X7@\237\271F\314\010\224i:E\227\n8\253\205\217\345\032\365z\270\260M\243(\323\315L\273\254A\003O+|\006\204N\373\355\204\201>\205^\355(Oj\225}#\224\321\232\271*\205iD\335\362eOsp\205\177M(3\340\273\244\251\207{\0133\334B\201\000\343\026e \2706\177\025t\\\034\022\230\324\337+\317\021\365\002f\037\352\210\263\236\262i\373v\000\360\335\376N\335\\{dm\0257c\200IV\217Z\366UY\273wmZ\371\267\271\363\231\317#\032\235$K\303\334d\346\013L\3764\334\234\314,\016\032!\206\271\301\\\230\017\253\241\033-O\346\026\316\026\276\210\272\361\007\2617\\\036\226\206OF\037\216o\215\377}\352\237U\367\317\366_\234\275x9)\334\202S\341vX\235\024>\016ix\024U\317\013\177\010K\223\231\205\301\203A\017\247\254\306+I1\215y\230\024\223\345s\354|\023~\027/\307\245x+\356&\037\r_\216Jos\277\314]\313\337H\021,\014J\3478\361eT\232\274\033^EO\343\273\311l\322\035\316\016\273f\341_Q5\362\222\273\346u\224;\237+\014*\341m\0008\211\227\222|R\265\320M\226\335x>Y\031.\215\256\217J\243\037\306[\343\356\225P\205\201\3158?x""\021.\207\345\350U\\I\212\277\357jRl\331\215\334\004I~\035-G\017\343\\\374YRM\350\244P\014\227\242\\T\264\370\021\344\346\245|\036\003\330\177\343G&\375\311\314\354\333`\2605\350N\346n\014\216\303n\352r\261\2668xcV\300\375\314\374\340\276\331\306Q\037_\313\3376\007}\032\335\002\304w\245\232\037,\017J\203\037\302\255\260\027\321\364\365\021@,\306<Q\246^\227\227\032\311\026\270\313\231\245\365\3600.\3066\302_\302\347\321\047q\321p\360\241\245\317\302\372\031\324\032}|j\017\231[\030<\014\257\243\244\205\217&\240\371)\230\372:\272\023\355E*^K\3761\374\333\350\373Qs\274\007v\376Of?G\373q>\336Or&C`\017\377\023_\315\272\031\356G\263\221\206&6\215{/\205R\004\246z\224\267\261\356\304/\222/\223Mc\354\201\236\302\227\361\362\331\235\207\303\352\360p\\\034\343\375\306\240\033.D\245\250\022\337<\273\363W\210\365\307Qw\234\267\300\nK@3\017\035\336N\350/\037\\\313\317]e\373\217q\351\354\317?\235VO-\207ka\005\374\337\205\346\351\224\372JZ\220\214\365\331\267\047\341\047H\r\336\207\351\306o\364\222\037UGoNs\247Y\206\250\317\331\322jr=yd\265\364p\234\033[\3476\300n^\"\3014\014\260\336\014\327\242MS\200\224F\243\347\234\231\236D\305\363\271\317\354\026G\333\314\017WFK\366(\350\353[\203#*\307\257\023\232\364G\271+\314\3766LF\237i\326nJFFD\036\0477\342\247F\242\213g\213\237\033E-\016x\330\rq\366\257\034\367\271U";
-    PyObject *data = __Pyx_DecompressString(cstring, 1841, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1918 bytes) */
+static const char cstring[] = "x\332}U\317o\333F\026\216\020\253qm\307\201\262I\335b\213v\334\000\261\343:.\214M\322\256\263h\3418\3626h\353\237q\262Y, \217\310\22141\305\2218C\3132\026E\216:\362\310#\217<\352\250\243\217>\372\250\243\377\204\376\t\373\275!\345\330M\273\002\304!g\346\275\367\275\357}o\206\315\267\002\345\010\255\031{\370\260\246\002G\354\263@4\325\241\320L\032\306\275@p\267\313x X-\020\202I\237)_\260\226\024\216`\363*\300\016\2171nXSi\303\230#<O3\323\300\004\231\264\224\326\262\352\211\025\246=e4\373\232y\212\3734./\262\2164\r\206@A\315S\0356\347J\355\360\300\235\313\267.0\212,\002\r\317\201x\312T\2159\334:\357H\204\346\230\347~\2279\r\356\373\002\323\342H\002\200\215\014\334\016\367Y\203\037\212\007O\331\276<\324\215\246h\216\2662O\3573\017\2335\353\330\335\204W\000,^\220]\250\201\366\003\033\351\327\324>\323\274\253Y\265\013;\3514XN\034\210\232\267\304\255\200\031\257\313d\215uU\310\016|$e\341\370D\030\340#J\223i\203l(\220Q\300\211$\300u\000~\221\n\345\371\200P\274\r\221I\223\037H\277\376`\221-b\321\315\355\211T>\2471\207m\272\245\244\047\\\002\244US\214\360dA\211\200N \215`\010D\226Y\240%\366\342}Pm(\037-P+-]\301B\337H\357\303\334\203&\244\021\010G\005.\0027Q\024\n\271HL\271W\337|UUnw\345\017],\346\254\215F\356+\242\375\002u\207_I|i\205\201T&8\266\332<\002*kG\205\236\313|\201p\304\026\245\352\333\354Vh\325\360\003P\273by\315\360.2?lVa\373\224\326uCu4@2-\353>1\352\311\032\252\206\202\221k\t!\373\002rdA\3503^\347\322_\374\0232Z\036\207\004\177\330@a7\224\021\031\343k]\323P>\025\306\025\236DPn\204G$\007\322!\370\026\353Vy\353\341\243\357\036\331\222\006\342\255p\000U\207U\307\343VH\300T\r\245g\240C\323m\t\215rej\262)\243\222-\354\273l\200\334}[A\"a\016\020\225\341F*\277\002s\2608\307\\\t&\214<\264:X\347\236\026K\373L\370n&\223\313\275\316\257\n\250\201zx\242f\270\353V\340U\214\010@\233rt\264\360\351Yw\244\316\336\334\234\250%\021\004*\320\243\257\\uZ\036\213\2139#\216L\376\376M\356\365\233\254\\z\251\325=B}\002\245\232\266\374\243\240\031\341\224c \3522c\271\311[-\220B\333\350""\244@\266\266\377V\250\300#;\352\202\252\310\223t/\332\234_lX\313\3065\025\004a\313\344_eJa\364N\307\212\376\351\305\306\363\335\215\325_\312\225go^\226w7\366~yV\336\031\r\225\315\365|Z\355\206N#7\334\334z\371bscw\363Uyg\375\347\315\327;\026\267\365\374\362\315V\356\247R!\237\030\266\272G\370?\207P*\033`gG\324*\225\274\230\242\202\237-w\245.\014\032\241I\023\265\320whlB\245vTn\350\331\255>o\332\021LV\034\336\222\243\367CCe\242\257v\310\275\321.#\264\301 u\005\374\253\020\302\023D\253\357\322A\303u\327w\244Z\272X\322U\356\034h`i\004\302\226\244*M\325S\316A\265\013G\366x\316\211u<l\257\000\233\th\033\314\034OiA\017\024\312Q.\352\215}\016iU;\210\005\201\331\247K+\256\310/\003\341\323G\366t3e\3258z\246\242jK\377@`\350\371\373\245\272\360\305Q+\250I\337\265\3470\036Mn*\244\271\232\n1\211{\253\236o\252\013\234\224&\350\202\312:\272W\302\006\027\007H\275Pg\236\300R\256H\234E\256\307\321\202\306\223Mi\350\336@\002\366\026\303A%\002\230\240\325uC\266.K\275\2116\342u\214\270\024}\342\032\301\215\002\257\252e3\036\335z4\332\323\315\262\251\361\224~K\265Za\025\201\032\302m\207\"\024\355\020\355\347\346\267a.\365\014]\246\353\274\026\001\246+\334\353\340L\247\376\321\324\344\302\270\242\306C\317h\334\024\276\311\332\360X\200>\215\026n\331\2336\277F4i\215NP\237\372\3234\002\3251\022\\\341_\3615\r\270\272\014\367p\234\341\r\207S\350\203q\2132\364\245\241\277\016[.\234\204\224\372\007\3459\344^(\354C\037J\321\321\331\241n\007\000\337\352nV\3514d\013\36380C\274\344\365\250\344\027\317\302\203k\243\312\277+\234\217}\021\363\3708\235\351\027\206c_\342\345\257\375\325\341\330t\257\026a\030\357\215G\305h;r\343\331\341\370\344\331\344\227q;\371(\361\372\263\375\345\376\363\301\307\047wN\376}\032\234m\357\236\355\356\235\355\275\032N\335\201\321\324\335h{8\365I\304\243\303x\373|\352/\321\362pl\262\367\250\327\201\227\371d.-e1\017\322R:{\216\225\357\242\037\222\331d9YK\332\351\315\376\253\301\362\273\302o\343\327\212\2672\004\223\275\345sx|\025/\017\337\017\257\343\365\344~z#m\367o\364""\3334\361\257x;\366\322\373\3649(\234\217O\365\312\321]\0008Nf\322b\272m\241S\226\355d\"\235\353\317\014\256\017\226\007?\236\254\235\264\257\204\232\352\331\214\213\275\275h6Z\211_\047\345\264\364\347\246\224b\303.\024\206H\362\333x6~\234\024\222\317\323\355\224\017\247J\321L\\\210K\026?\202\334\276\224\317S\000\373o\362\204\322\037\216\335x\027\366\326z\355\341\370\255\336Q\324\316L.\346\246{oi\006\334\217M\364\036\3222\\}r\255x\227\034}\026\337\001\304\367\245\232\350\315\366\226{?FkQ\047\346\331\347\023\200\230Nd\252\251^\227\247j\351\032\270+\320\324bt\220\224\022\033\341\353\350e\374iR\"\016>\266\364YX\277\202Z\322\307g\326\311\370d\357qt\035%\235\2729\004\315\353`\352\333\370^\274\023\353d!\375g\377\357\203g\203\372\311\016\330\371?\231\375\032\357&\305d7-P\206\300\036\375\047\271\232u=\332\215o\304\006\232X%\363N\006\245\004L\325\270hc\335K\366\322\257\322U\332\354\201\236\251\257\222\331\263{\217\373\333\375\203\223\322\t\276o\365\332\321d\274\034\227\223\333g\367\376\006\261\3764h\237\024-\260\251\031\240\231\200\016\357\246\374\267\217\256\025\307\257\260m\205{6\363\363\351\352)D|\2236L\366\026\2422\252p\037\312\347\243\002\224\263\262\344\334\337xw\034}\212\004\341\343 [\370\235j\212\203\355\301\333\323\302i\236\047\252t63\237^O\237XE=>)\234X\343& \257^\242\202\332\006\210oG\013\361*\225!#\223T]\240\327\343\270t>\376\271]\222h\236\211\376\334`\306\272\202\312\276\047\034\361J\362&\345iwP\270\302\357\357\303\344$R\313\2663Jr:\212\360\\K\326I\250\323g\323_\220\256\246{2jG\360\375?\211\220\355M";
+    PyObject *data = __Pyx_DecompressString(cstring, 1918, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2424 bytes) */
-static const char cstring[] = "\377 (proces\377s  --for\377ce` remo\377ves it a\377lready a\377re free \377in one p\377iece (or\376\037\000l  at m\377ost  cha\377nnels ex\315i\r\000th\027\000D\000ca\377n have);\377 `ivshme\375m#\005 ls` l\356*\000s w)\002s t\353hel\000i~\000n u\367se:\"\017info\377` says b=y5\000ich \301\004\265\000\365(\303\002:\246\000ly i\377f you kn\327ow \212\002n\274\001of~b\001m stor\346\001\267nto\354\000s \226\000o\355r\354\000ny\316\000re)\355 \203\000ju\327\000mak\377ing), , \317and :\003\223!a\047\371s\021\000\252\000spoil{ed\215\001some\210\005\374o\003\375\001write xf\000\335\000b\004. Itl\006\333st\314\001se\363 si\377de until\366\236/rm\247@reco\233rd\212\000ma\047\000\201 ,\370\246!x\002\000\007nobod\313y:.\022,\257$\000\005anyo\363!\255\006was \356\010\177.: a ge\325\000\231t\234 \321Cs 1\000\374Ao\277wed: :\254at\263ak\266`\007\001s \236\003,\377 number \275;\314ashow4\001 Wsig\307`f\367@f\336@\374\242@\352`will n\373ev*\000run a\337gain,\352\024pl\375a\376`?NoneN\371o\323!\346aCytho\275n\260Adelir\000a\373te\200`stric\375t\200\000than P\277EP-484\302Br\357ejec\377 sub\177classes\326A\377builtin \237types\240@\274cn\251e\332@\244`p%\000 &\010t\317hen \262A\323A\047a\375n\306 ation_\274<\000\260`\047 di\253@t\373iv\367BFalse\277.` end\345\204\001a\325t\343\205\ta\247kh\201@le\277ftadd_\234@e\374\326\205\004N\000sablee\275n\002\001gcis\004\003d\376\323\205\004.errors|\006\005\315\204\003.size\013\006\257text\201\206\004/\254\206\004/\376\315cs.pyxno\377 room fo\361r\236\206\006\353#\267\204\001regi~\340#mapped\"\002.\243\207\001ing\357\205\002:\226`\326\206\006V\367\206\001be\315\207\004d\322\206\006a\367\206\006\375C\255\207\003Corrup\305t\007\004E\277\001\004\005\307\207\001sK\377INDSNAME\377_BYTESNo\357Such5\004OPT\377IONSOVER\237FLOWR\234\002>\002T\333YP*\004__9\001S_\257_Pyx\001\000D\217`_}N\204 Ref__\257D\337e____\204b_g\277etitem\r\001f\367unc\025\001main\336\003\002odul&\002na\371m.\002\260 _capi\314;\001\010\001vt\234AI\001qu{al\036\005test^\000\377is_co""rou\372\337`e\274!ndare\377aasyncio\375.\022\006sbacks\277lashre\350\204\002b\377itblockb}yF\000calls\346\211\004\277cline_\231\000t\357race3\001clo\373se\001\001ingco\377deconnec\376\221\204\001screate\372\000\003d\026\001dedis?carden\047\001\000\003\375d\275cfacts_\357of.<v\000als\377>.genexp\337rfind\250\213\002fo\337rmat_\331afo=u\022\000reeg\036\004\247\207\005\276\310 gonei1\000eQx\321!\222\204\006\247\213\004.\364dkS\000\367lay\230 limi\375t\221\213\001ingloa\377nsmakerm\275e\305\207\001ship\310\204\tm\177essages\375\213\001\371n\216A\237\000topen\373op\355\002overf\307low\004\001\376\211\002\266\207\002sp\377lainpopp\377ublished\377queuequowted\360\214\001ers\315\204\004\370\346\211\003\217\215\003\205Dring_\277always\245\205\001s\376\312\206\001etdefau\377ltsilent\366\352\205\003ze\274 slee\277pslots\235\213\004s\257tate\247\211\001n\205\206\001t\177hrowtim\357`\366\314`ns\007\001stot\337altri\261`yp\347eun\357 \241\002uni\375t\000\001supdat\363eu\367\001\216Nvalu\375e\000\002sviews\372\365\213\002r\002\002ingPy\373Ob\363\210\001 *(st_ruct \214\216\004_\317\213\004\367*)\000\362E\200\001\340\004\377\036\230a\230z\250\027\260\357\001\330\004\037\006\000\033\260A\277\330\004\016\210f\220\004\000\010\377\210\010\220\005\220Q\220d\377\230!\330\010\013\320\013\037\377\230q\240\006\240l\260!\377\2601\260D\270\t\300\024\377\300Z\310r\320QS\320\377SU\320UV\330\014\024\3762\000\014\025\220Q\330\014\026\377\220a\220v\230Q\340\014\377\023\2201\330\004\013\2104\373\210wC\000(\240\047\250\021~n\003k\250\021\250!\340\027\000\3778\220?\240!\2401\240\377C\240q\250\r\260V\270\3771\200\001\360\010\000\005\017\336|\003\013\2101\340O\000V\230\3631\330\000\004]\000W\230F\240\377&\250\007\250q\260\007\260\375q\024\001X\230Q\230l\250\375&\013\001\270\001\340\010\014\210\367E\220\025~\000z\240\027\250\347\005\250Q\266\002\342\001q\240\n\377\250\047\260\027\270\003\2701\277\270H\300C\300q^\n\014\375\210\355\002\005\210U\220!\220\177:\230W\240E\250\021!\027z\337\001h\267 q\240\001""\330\342\000\3777\230!\2305\240\001\240\377\034\250Q\250a\330\014\021?\220\027\230\001\230\021\366\001\314\001u\022\305\010;\227 |\2406\373\001\377\330\004\007\200u\210C\210\377q\330\010\017\210x\220q\234-\003\013\006\016\210jA\001\371 \004\347\n\210-\033\001\230 \026\000\005\235\025\227A\031\230\024\240\000\241G\n\377\210!\2101\210H\220C\337\220w\230a\330.\000!\210}6\202\000\016\240i\250s\254A\316\007\tf\250C\271 \355@\n\210\177,\220k\240\021\240!-\001\277+\220T\230\030\240\261\000\010\223\210\t\272\"\222\002~\330 \234a\031~@\002\010\013\2105\220\003\320@\327\014\r\330\344 F\247 7\230\377#\230R\230s\240*\250\377G\2609\270B\270g\300\367R\300q\276\031~\230S\240\177\005\240S\250\001\330\010\342b\363\220\\q\001\353\010g\220S\230W\007\230t\221`A\225!w\310`\272\237 \021\320@b\230\005g\002#\337\240U\250\"\250\033\000\016\210\377l\230!\330\014\"\240!\377\320#5\260Q\260k\300\373\021\300\r\000\017\210q\220\013\377\2301\230E\240\022\320#\3773\2601\260K\270q\300\355\005\224\002\014\027\345 \n\240\047\377\250\025\250a\360\006\000\005\371\010\372%\350#\032\2401\320$\357M\310Q\310\277\"*\220E\377\230\021\230&\240\006\240a\364\363%\r\001!\230\205\006\007\200z\220\311\030\345@\307\000k\047\000\305 \013\320\375\013\337i\005\270Q\270j\310\347\001\310\021\346C\235@\320\027(\357\250\003\2506\202\204\0025\300\001]\300\341`\016\210m\252\000A\204h\376\255\205\001q\330\014\022\220*\230\341A\375!\233c\314\204\001\263 \017\210z\337\230\021\340\010\034\026\002i\240\177q\250\n\260\047\270\027F\002\357\004\013\210>\204\001\230:\240\177Y\250a\250y\270\001\331h\250U\017\270$\251\206\001q\207#q\221Aj~\344 Q\230f\240F\250\346\001\367\320\016\036\316a\016\210i\220\037q\220\021\230!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2424, 3155);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2539 bytes) */
+static const char cstring[] = "\377 (proces\377s  --for\377ce` remo\377ves it a\377lready a\377re free \377in one p\377iece (or\376\037\000l  at m\377ost  cel\237ls th\016\000/\001p\377ossible:\377 slots +\337 loan\004\0011,\277 with f\000r\377flow \047di\277scard\047$\004*\276\204\000adersW\000r\377e; of ca\326X\002wix\000a\025\000an\377y channe\216q\000exi~\000u\002\265\000c\377an have)\377; `ivshm\373em#\005 ls` ]l*\000s w\244\001i\254\0011e\335\000\006\000\333\000us\253\000#\016\377info` sa\337ys by5\000icSh \262$\246 (\264\":\227 \377ly if yoOu kn\322\000\204\"n\255!\366\274\000th\202\000stor\216\327!nto\335 \332\000\351 r\264\335 \310\000m\027\000) \214\000j\375u\310 making\377), , and9 :\003\204Aa\047s\021\000\263\000\177spoiled\215\001\217some\210\005\370#\375\001w\237rite f\000w\000 \275md\002. Itl\006s\355t\314\001se\344@sid\177e until\236/\373rm\230`recored\212\000m\222@\200!, \247 \371d\000\007\224!nobod\313y:.\022,\257$\000\005an\225o\216 r\255\006w\317@\356\010.7: f\333`ea\346 \303\002\375r\213\204\001would \243ne\363\000\252!\345an\353`e\373 :\251\204\001takes\366\006\002s \252\003, nu\277mber ;\311\204\001s\377hows no \357sign\315alifue7\000fV\002illW\000\375v*\000run ag\357ain,\366\024pla\377ce ?None\363No\337!\354\204\001Cyth{on\274Adelir\000\367ate\214`stri\373ct\200\000than \177PEP-484\316B\377rejects \377subclass\373es\341\204\001built=i\323\000ypes\254@\310c\304\356\002\260`p%\000%\t\321`n \334\276A\337A\047an\322 at\177ion_typ\274`\357\047 di\267@tiv\376\203bFalse.`O end\237\206\003\340\206\ta\263k\377has left/add_\250@e\342\205\004N\000\177sableen\002\001\257gcis\004\003d\337\205\004.?errors\006\005\357d\357size\013\006tex\325t\215\206\004/\270\206\004/\331cs.\367pyx\235@room\360\372Bm\005\353#\303\204\001regi~\340#mapped\241b.\240\210\001ing\373\205\002:\335A\245\005V\203\207\001be\312\210\004d\354ae\335\205\001\365a\203\207\006C\271\207\003Corr\027upt\007\004E\277\001\004\005\323\207\001\377sKINDSNA\377ME_BYTES\277NUMBER\000\004S\367_OF\020\004oSuc\375hL\004OPTION\377SOV""ERFLOsWR\263\002U\002TYPA\004\373__P\001S__Py\265x\001\000D\246`_N\233 R\357ef__\306De__\373__\233b_geti\367tem\r\001func\336\025\001main\003\002od;ul&\002nam.\002\307 \237_capi;\001\010\001vyt\263AI\001qual\036\005\357test^\000is__corou\366`e\323!\377ndareaas\277yncio.\022\006s\377backslas\367hre\377\204\002bitb?lockbyF\000\232\212\002~\211\212\004cline_\231\000\337trace3\001cl\367ose\001\001ingc\377odeconne\375c\250\204\001screat\265e\000\003d\026\001de\206\213\004e\351n\047\001\000\003d\324cfac\177ts_of.<v\000\377als>.gen\377exprfind\376\274\214\002format_\356\360afou\022\000ree\375g\036\004geomet\373ry\310 goneiF1\000ex\321!\251\204\006\312\213\004.\213\204\004\335kS\000lay\230 liwmit\264\213\001ing\301\214\002\177makerme\334\207\001\357ship\337\204\tmes_sages\221\215\001n\216A\376\237\000topenop\340\355\002\356\214\005\372\214\001\241\212\002\315\207\002spl\377ainpoppu\377blishedq\377ueuequot;ed\204\216\001ers\344\204\004\211\212\003\374\243\216\003\205Dring_a_lways\274\205\001s\341\206\001\377etdefaul\177tsilent\201\206\003\373ze\274 sleep|\220\216\002\300\213\004state\276\211\001\375n\234\206\001throwt\271i\251 \001\000_ns\007\001s\377totaltri>\261`ypeun\357 \241\002\357unit\000\001sup\237dateu\367\001\216Nv\357alue\000\002svi\347ews\317\212\003\002\002ing\357PyOb\212\211\001 *(\177struct \257\216\004\335_\362\213\004*)\000\362E\200\001\377\340\004\036\230a\230z\250\277\027\260\001\330\004\037\006\000\033\377\260A\330\004\016\210f\220\376\004\000\010\210\010\220\005\220Q\377\220d\230!\330\010\013\320\377\013\037\230q\240\006\240l\377\260!\2601\260D\270\t\377\300\024\300Z\310r\320Q\377S\320SU\320UV\330\373\014\0242\000\014\025\220Q\330\377\014\026\220a\220v\230Q\377\340\014\023\2201\330\004\013\357\2104\210wC\000(\240\047\373\250\021n\003k\250\021\250!\375\340\027\0008\220?\240!\240\3771\240C\240q\250\r\260\377V\2701\200\001\360\010\000{\005\017|\003\013\2101\340O\000\317V\2301\330\000\004]\000W\230\377F\240&\250\007\250q\260\367\007\260q\024\001X\230Q\230""\367l\250&\013\001\270\001\340\010\337\014\210E\220\025~\000z\240\237\027\250\005\250Q\266\002\342\001q\377\240\n\250\047\260\027\270\003\377\2701\270H\300C\300q\366^\n\014\210\355\002\005\210U\220\377!\220:\230W\240E\250\351\021!\027\337\001h\267 q\240\001\375\330\342\0007\230!\2305\240\377\001\240\034\250Q\250a\330\377\014\021\220\027\230\001\230\021\324\366\001\314\001\022\305\010;\227 |\240\3756\373\001\330\004\007\200u\210\377C\210q\330\010\017\210xs\220q-\003\013\006\016\210jA\001\236\371 \004\n\210-\033\001\230 \026w\000\005\025\227A\031\230\024\240\000\376\241G\n\210!\2101\210H\177\220C\220w\230a\330.\000\367!\2106\202\000\016\240i\2509s\254A\007\tf\250C\271 \355@\377\n\210,\220k\240\021\240\375!-\001+\220T\230\030\240N\261\000\010\210\t\272\"\222\002~\330 \372\234a\031@\002\010\013\2105\220]\003\320@\014\r\330\344 F\247 \3777\230#\230R\230s\240\377*\250G\2609\270B\270\337g\300R\300q\276\031~\230\377S\240\005\240S\250\001\330\315\010\342b\220\\q\001\353\010g\220_S\230\007\230t\221`A\225!\351w\310`\237 \021\320@b\230\005~g\002#\240U\250\"\250\033\000\377\016\210l\230!\330\014\"\377\240!\320#5\260Q\260\357k\300\021\300\r\000\017\210q\377\220\013\2301\230E\240\022\377\320#3\2601\260K\270\267q\300\005\224\002\014\027\345 \n\377\240\047\250\025\250a\360\006\307\000\005\010\372%\351\"\264\204\002\320\027\377L\310A\310Q\330\014\r\376\035\001\013\210*\220E\230\021?\230&\240\006\240a\371%\r\001}!\236\205\006\007\200z\220\030\353@r\315\000k\047\000\313 \013\320\013\345i\377\005\270Q\270j\310\001\310\371\021\354C\243@\320\027(\250\003{\2506\210\204\0025\300\001\300\347`\227\016\210m\260\000A\212h\263\205\001q\177\330\014\022\220*\230A\203A\370\241c\322\204\001\271 \017\210z\230\021\367\340\010\034\026\002i\240q\250\337\n\260\047\270\027F\002\004\013\373\210>\204\001\230:\240Y\250\037a\250y\270\001\337hU\017\276$\252\257\206\001q\215#q\227Aj\352 Q\337\230f\240F\250\346\001\320\016\375\036\324a\016\210i\220q\220\007\021\230!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2539, 3309);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3155 bytes) */
-static const char bytes[] = " (process  --force` removes it already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more) is just making), , and of the area\047s , is spoiled by some process that can write to the memory. Its memory stays set aside until `ivshmem channel rm --record , made by , used by , used by nobody: `ivshmem channel rm , which , which another process was just making.: a geometry that is not allowed: : it takes : its record, number ; it shows no sign of life: if it will never run again, `ivshmem channel rm --place ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` ends that` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelCorruptChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES__NAMES__Pyx_PyDict_NextRef__annotate____class_getitem____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmakermembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsspoiledstatetakentextthrowtimetime_nstimestotaltriestypeunfinishedunitunitsupdateusage.<l""ocals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\033\260A\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\025\220Q\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240\047\250\021\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\013\2101\340\014\025\220V\2301\330\014\025\220V\2301\330\014\025\220W\230F\240&\250\007\250q\260\007\260q\330\014\025\220X\230Q\230l\250&\260\007\260q\270\001\340\010\014\210E\220\025\220a\220z\240\027\250\005\250Q\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\022\000\005\017\210f\220A\330\004\013\210;\220a\220|\2406\250\021\250!\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210q\330\010\016\210j\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\026\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007""\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210f\220A\220\\\240\021\330\004\007\200u\210C\210q\330\010\016\210g\220S\230\007\230t\2401\240A\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\200\001\360\026\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210H\220C\320\027(\250\003\2506\260\027\270\003\2705\300\001\300\021\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\013\2104\210q\330\014\022\220*\230A\230Q\230a\330\010\017\210x\220z\240\027\250\001\330\010\017\210z\230\021\340\010\034\230A\230Q\230i\240q\250\n\260\047\270\027\300\001\300\021\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
+    #else /* compression: none (3309 bytes) */
+static const char bytes[] = " (process  --force` removes it already are free in one piece (or all  at most  cells that are possible: slots + loans + 1, with overflow \047discard\047 slots * readers more; of calls twice as many channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more) is just making), , and of the area\047s , is spoiled by some process that can write to the memory. Its memory stays set aside until `ivshmem channel rm --record , made by , used by , used by nobody: `ivshmem channel rm , which , which another process was just making.: for each writer it would need more than the : it takes : its record, number ; it shows no sign of life: if it will never run again, `ivshmem channel rm --place ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.` ends that` removes ita process that has leftadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem.textivshmem/channel/records.pyxno room for channel place the region is mapped for reading only: no channel can be removedthere is a channel ChannelCorruptChannelErrorChannelExistsKINDSNAME_BYTESNUMBERSNUMBERS_OF_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES__NAMES__Pyx_PyDict_NextRef__annotate____class_getitem____func____main____module____name____pyx_capi____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbackslashreplacebitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodeencodederrorsfacts_of.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmakermembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwriteplacesplainpoppublishedqueuequotedreadersreadingrecordremo""vereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotsspoiledstatetakentextthrowtimetime_nstimestotaltriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswritingPyObject *(struct ivshmem_record *)\000facts_of\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\033\260A\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\025\220Q\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240\047\250\021\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\013\2101\340\014\025\220V\2301\330\014\025\220V\2301\330\014\025\220W\230F\240&\250\007\250q\260\007\260q\330\014\025\220X\230Q\230l\250&\260\007\260q\270\001\340\010\014\210E\220\025\220a\220z\240\027\250\005\250Q\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220h\230a\230q\240\001\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\022\000\005\017\210f\220A\330\004\013\210;\220a\220|\2406\250\021\250!\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210q\330\010\016\210j\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\026\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a""\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210x\220q\230\001\230\021\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210f\220A\220\\\240\021\330\004\007\200u\210C\210q\330\010\016\210g\220S\230\007\230t\2401\240A\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\330\014\026\220a\320\027L\310A\310Q\330\014\r\360\006\000\005\013\210*\220E\230\021\230&\240\006\240a\200\001\360\026\000\005\025\220E\230\021\230!\330\004\016\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\013\320\013\036\230a\230q\240\n\250\047\260\027\270\005\270Q\270j\310\001\310\021\330\004\007\200u\210H\220C\320\027(\250\003\2506\260\027\270\003\2705\300\001\300\021\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\013\2104\210q\330\014\022\220*\230A\230Q\230a\330\010\017\210x\220z\240\027\250\001\330\010\017\210z\230\021\340\010\034\230A\230Q\230i\240q\250\n\260\047\270\027\300\001\300\021\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\320\016\036\230a\330\004\016\210i\220q\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 161; i++) {
+    for (int i = 0; i < 164; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 43) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 44) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14494,8 +14650,8 @@ static const char bytes[] = " (process  --force` removes it already are free in 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 161; i < 171; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-161].length;
+    for (int i = 164; i < 174; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-164].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14505,14 +14661,14 @@ static const char bytes[] = " (process  --force` removes it already are free in 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 171; i++) {
+    for (Py_ssize_t i = 0; i < 174; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 161;
+      PyObject **table = stringtab + 164;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -14544,8 +14700,8 @@ static const char bytes[] = " (process  --force` removes it already are free in 
   }
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 1;
-    int8_t const cint_constants_1[] = {0,1,7};
-    for (int i = 0; i < 3; i++) {
+    int8_t const cint_constants_1[] = {0,1,7,64};
+    for (int i = 0; i < 4; i++) {
       numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
       if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
     }
@@ -14553,7 +14709,7 @@ static const char bytes[] = " (process  --force` removes it already are free in 
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<4; ++i) {
+    for (Py_ssize_t i=0; i<5; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -14607,47 +14763,47 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 191};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 207};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 330};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 346};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 55};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 67};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_g, __pyx_mstate->__pyx_n_u_layout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_size_of, __pyx_mstate->__pyx_kp_b_iso88591_k_8_1Cq_V1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 74};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_area, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_free, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_total};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_room, __pyx_mstate->__pyx_kp_b_iso88591_az_z_A_fA_Qd_q_l_1D_ZrQSSUUV_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 77};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 89};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_encoded, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_units, __pyx_mstate->__pyx_n_u__8, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_find, __pyx_mstate->__pyx_kp_b_iso88591_fA_a_6_uCq_xq_uCq_j_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 264};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_spoiled, __pyx_mstate->__pyx_kp_b_iso88591_fA_1_V1_V1_WF_q_q_XQl_q_E_az_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 265};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_channel_2};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_haq_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 356};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 372};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_name};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_E_fA_z_k_aq_Qj_uHC_6_5_m1A_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
@@ -17412,6 +17568,99 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(int)*3+2];
+    char *dpos, *end = digits + sizeof(int)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    int remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (int) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (int) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (int) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
 /* PyUnicode_Unicode */

@@ -5,6 +5,8 @@ from .membership import Membership
 KINDS: dict[str, int]
 OPTIONS: dict[str, int]
 OVERFLOW: dict[str, int]
+NUMBERS: dict[str, tuple[int, int]]
+NUMBERS_OF_BYTES: dict[str, tuple[int, int]]
 NAME_BYTES: int
 TYPE_BYTES: int
 

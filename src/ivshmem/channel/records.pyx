@@ -31,6 +31,18 @@ OVERFLOW = {
     "block": IVSHMEM_BLOCK,
     "discard": IVSHMEM_DISCARD,
 }
+# The least and the most of each number of a geometry; and of one of bytes.
+NUMBERS = {
+    "writers": (1, IVSHMEM_MOST_WRITERS),
+    "readers": (0, IVSHMEM_MOST_READERS),
+    "slots": (1, IVSHMEM_MOST_SLOTS),
+    "loans": (1, IVSHMEM_MOST_LOANS),
+}
+NUMBERS_OF_BYTES = {
+    "writers": (1, IVSHMEM_MOST_CONNECTIONS),
+    "readers": (1, IVSHMEM_MOST_READERS),
+    "slots": (64, IVSHMEM_MOST_BUFFER),
+}
 NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
 TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
 
@@ -82,7 +94,7 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
         ChannelCorrupt: as of `find`.
         ChannelError: no record is free, or not so much room in one piece.
         RegionError: the region is mapped for reading only.
-        ValueError: a geometry that is not allowed.
+        ValueError: a geometry that is not allowed: too many cells, if its numbers were checked.
     """
     cdef ivshmem_record record
     cdef int code = IVSHMEM_AGAIN
@@ -113,7 +125,11 @@ def create(Membership membership not None, str name, dict geometry, bytes text):
             " `ivshmem channel ls` lists what is there"
         )
     if code == IVSHMEM_BAD:
-        raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
+        raise ValueError(
+            f"channel {name!r}: for each writer it would need more than the {IVSHMEM_MOST_CELLS}"
+            " cells that are possible: slots + loans + 1, with overflow 'discard' slots * readers"
+            " more; of calls twice as many"
+        )
     raise membership.fail(code, NULL, name)
 
 
