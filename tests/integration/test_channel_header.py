@@ -193,6 +193,11 @@ def test_an_end_that_is_refused(build: Build) -> None:
     assert output_of(build("refused", *ADDRESSES)) == "ended well\n"
 
 
+def test_positions_that_wrap(build: Build) -> None:
+    """A value is there, and a history is whole, just after the position is 0 again."""
+    assert output_of(build("wrapped", *ADDRESSES)) == "ended well\n"
+
+
 def test_it_reads_the_directory(build: Build) -> None:
     """The area, and whom to ring, as Python stored it."""
     program = build("directory", *ADDRESSES)

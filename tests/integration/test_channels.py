@@ -16,7 +16,7 @@ import pytest
 from support.waiting import PATIENCE, Background, until
 
 from ivshmem import ClosedError, Directory, Region, channel
-from ivshmem.channel import Channels
+from ivshmem.channel import Channels, streams
 
 
 @pytest.fixture
@@ -550,8 +550,25 @@ def test_names_and_types(channels: Channels) -> None:
         channels.open("a", dtype="<f4", shape=(3, 2))
     with pytest.raises(channel.NoSuchChannel, match="no channel 'b' \\(there: a\\)"):
         channels.open("b")
+    with pytest.raises(channel.NoSuchChannel, match=r"no channel 'a\\x00' \(there: a\)"):
+        channels.open("a\0")
     channels.remove("a")
     assert channels.list() == []
+
+
+def test_what_does_not_pass_ends_a_wait_for_a_listener(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a listener, and for a connection that is free; not for a spoiled word."""
+    errors = [channel.ChannelCorrupt("spoiled"), channel.ChannelError(), ConnectionRefusedError()]
+
+    def connect(*_: object) -> object:
+        raise errors.pop()
+
+    monkeypatch.setattr(streams, "connect", connect)
+    with pytest.raises(channel.ChannelCorrupt, match="spoiled"):
+        channels.create_bytes("a").connect(wait_for_listener=True, timeout=PATIENCE)
+    assert errors == []
 
 
 MADE: dict[str, Any] = {"limit": 8, "overflow": "block", "views": 2}

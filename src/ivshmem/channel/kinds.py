@@ -321,8 +321,11 @@ class Bytes(Channel):
     def _try_to_connect(self, may_wait: bool, deadline: float | None) -> Stream | None:
         try:
             stream: Stream = self._open(streams.connect)
-        except (ConnectionRefusedError, ChannelError):
-            if not may_wait or (deadline is not None and time.monotonic() >= deadline):
+        except (ConnectionRefusedError, ChannelError) as error:
+            # All connections are in use; but another kind of ChannelError does not pass.
+            may_pass = isinstance(error, ConnectionRefusedError) or type(error) is ChannelError
+            is_late = deadline is not None and time.monotonic() >= deadline
+            if not may_wait or not may_pass or is_late:
                 raise
             return None
         return stream

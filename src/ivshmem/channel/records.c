@@ -3769,6 +3769,9 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 /* RaiseMappingExpected.proto */
 static void __Pyx_RaiseMappingExpectedError(PyObject* arg);
 
+/* BytesContains.proto */
+static CYTHON_INLINE int __Pyx_BytesContains(char character, PyObject* bytes, int eq);
+
 /* ListCompAppendAndDecref.proto */
 static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
@@ -9587,9 +9590,10 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
   PyObject *__pyx_t_2 = NULL;
   size_t __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
-  Py_ssize_t __pyx_t_5;
-  int __pyx_t_6;
-  char const *__pyx_t_7;
+  int __pyx_t_5;
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  char const *__pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9600,7 +9604,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
  *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name             # <<<<<<<<<<<<<<
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:
 */
   __pyx_t_2 = __pyx_v_name;
   __Pyx_INCREF(__pyx_t_2);
@@ -9637,7 +9641,7 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
  *     """Write a name as records have it; whether a channel can have it."""
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)             # <<<<<<<<<<<<<<
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:
  *         return False
 */
   (void)(memset(__pyx_v_padded, 0, IVSHMEM_CHANNEL_NAME));
@@ -9645,20 +9649,33 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
   /* "ivshmem/channel/records.pyx":242
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:             # <<<<<<<<<<<<<<
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))
 */
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
-  __pyx_t_6 = (__pyx_t_5 >= IVSHMEM_CHANNEL_NAME);
+  __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_7 = (__pyx_t_6 >= IVSHMEM_CHANNEL_NAME);
 
 
-  if (__pyx_t_6) {
+  if (!__pyx_t_7) {
+
+  } else {
+
+    __pyx_t_5 = __pyx_t_7;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_encoded, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 242, __pyx_L1_error)
+
+  __pyx_t_5 = __pyx_t_7;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_5) {
 
 
     /* "ivshmem/channel/records.pyx":243
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:
  *         return False             # <<<<<<<<<<<<<<
  *     memcpy(padded, <const char *>encoded, len(encoded))
  *     return True
@@ -9672,22 +9689,22 @@ static int __pyx_f_7ivshmem_7channel_7records_pad(PyObject *__pyx_v_name, char *
     /* "ivshmem/channel/records.pyx":242
  *     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
  *     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:             # <<<<<<<<<<<<<<
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:             # <<<<<<<<<<<<<<
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))
 */
   }
 
   /* "ivshmem/channel/records.pyx":244
- *     if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+ *     if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:
  *         return False
  *     memcpy(padded, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     return True
  * 
 */
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
-  (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_7), __pyx_t_5));
+  __pyx_t_8 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_8) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
+  (void)(memcpy(__pyx_v_padded, ((char const *)__pyx_t_8), __pyx_t_6));
 
 
 
@@ -18846,6 +18863,20 @@ static void __Pyx_Generator_Replace_StopIteration(int in_async_gen) {
 static void __Pyx_RaiseMappingExpectedError(PyObject* arg) {
     __Pyx_RaiseTypeErrorWithObjectType(
         "'" __Pyx_FMT_TYPENAME "' object is not a mapping", arg);
+}
+
+/* BytesContains */
+static CYTHON_INLINE int __Pyx_BytesContains(char character, PyObject* bytes, int eq) {
+    const Py_ssize_t length = __Pyx_PyBytes_GET_SIZE(bytes);
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(length == -1)) return -1;
+#endif
+    const char* char_start = __Pyx_PyBytes_AsString(bytes);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!char_start)) return -1;
+#endif
+    int result = memchr(char_start, (unsigned char)character, (size_t)length) != NULL;
+    return (result == (eq == Py_EQ));
 }
 
 /* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */

@@ -239,7 +239,7 @@ cdef bint pad(str name, char *padded) except -1:
     """Write a name as records have it; whether a channel can have it."""
     cdef bytes encoded = name.encode(errors="backslashreplace")  # no channel has such a name
     memset(padded, 0, IVSHMEM_CHANNEL_NAME)
-    if len(encoded) >= IVSHMEM_CHANNEL_NAME:
+    if len(encoded) >= IVSHMEM_CHANNEL_NAME or b"\0" in encoded:
         return False
     memcpy(padded, <const char *>encoded, len(encoded))
     return True

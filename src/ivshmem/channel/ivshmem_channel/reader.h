@@ -140,6 +140,16 @@ static inline int ivshmem_source_read(struct ivshmem_reader *reader, unsigned wr
     return code;
 }
 
+/* Whether the last position is that of a message which is there: then those from 0 on come after it. A
+ * queue's readers find what is older by its claims. */
+static inline int ivshmem_has_wrapped(const struct ivshmem_channel *channel, unsigned writer)
+{
+    return !ivshmem_has_claims(channel) &&
+           ivshmem_value(ivshmem_get(channel, ivshmem_entry_at(channel, writer,
+                                                               IVSHMEM_VALUE_MASK))) ==
+               IVSHMEM_VALUE_MASK;
+}
+
 /* Pass over messages of the history that are not there. They are not lost: they were before this
  * reader was. */
 static inline void ivshmem_reader_begin(struct ivshmem_reader *reader, unsigned writer,
@@ -211,8 +221,8 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         uint64_t head = ivshmem_get(channel, ivshmem_source_head_at(reader, i));
         source->epoch = ivshmem_epoch(head);
         source->next = (ivshmem_value(head) - history) & IVSHMEM_VALUE_MASK;
-        if (ivshmem_value(head) < history) /* fewer messages were ever written */
-            source->next = 0;
+        if (ivshmem_value(head) < history && !ivshmem_has_wrapped(channel, i))
+            source->next = 0; /* fewer messages were ever written */
         if (!ivshmem_has_claims(channel))
             ivshmem_reader_begin(reader, i, ivshmem_value(head));
         source->head = source->next;

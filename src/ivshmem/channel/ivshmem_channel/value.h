@@ -26,14 +26,19 @@ static inline int ivshmem_value_look(struct ivshmem_reader *reader,
         uint64_t head = ivshmem_head(channel, 0), position, entry;
         unsigned older = (source->epoch - ivshmem_epoch(head)) & IVSHMEM_EPOCH_MASK;
         int code;
-        if (ivshmem_value(head) == 0)
-            return IVSHMEM_AGAIN;
         if (older != 0 && older <= IVSHMEM_EPOCH_MASK / 2 &&
             ivshmem_epoch(ivshmem_writer_owner(channel, 0)) != ivshmem_epoch(head))
             return IVSHMEM_AGAIN;
-        source->epoch = ivshmem_epoch(head);
         position = (ivshmem_value(head) - 1) & IVSHMEM_VALUE_MASK;
         entry = ivshmem_entry_at(channel, 0, position);
+        /* A head of 0 is that of a value that was never set; or positions have wrapped, and there is an
+         * entry, unless the writer has overwritten it by now: then the head is another one, too. */
+        if (ivshmem_value(head) == 0 && ivshmem_value(ivshmem_get(channel, entry)) != position) {
+            if (tries > 0)
+                return IVSHMEM_AGAIN;
+            continue;
+        }
+        source->epoch = ivshmem_epoch(head);
         code = ivshmem_entry_read(channel, entry, 0, position,
                                   ivshmem_epoch(ivshmem_get(channel, entry)), message);
         source->next = ivshmem_value(head);
