@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import gc
+import mmap
 import os
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
@@ -188,3 +192,109 @@ def test_an_array_of_what_was_overtaken_stays_readable(region: Region, channels:
         del array
         with pytest.raises(channel.Overtaken):
             view.release()
+
+
+OBJECTS = np.array([["a", None]], object)
+NESTED = np.array([[(1, (2, None))]], [("Offset", "<i4"), ("O", [("b", "<i4"), ("c", "O")])])
+BESIDE_DATES = np.array([[(0, None)]], [("time", "<M8[s]"), ("what", "O")])  # has no format
+OF_CTYPES = (ctypes.py_object * 2 * 1)()
+WITHOUT = np.array([[(1, 2)]], [("Offset", "<i4"), ("O", "<i4")])
+HOLDERS = [OBJECTS, NESTED, BESIDE_DATES, OF_CTYPES, PickleBuffer(OBJECTS), memoryview(NESTED)]
+HOLDER_NAMES = ["objects", "nested", "beside dates", "ctypes", "PickleBuffer", "memoryview"]
+
+
+def in_each_kind(channels: Channels, holder: Any) -> Iterator[Callable[[], object]]:
+    """Whatever sends a buffer, or receives into one."""
+    messages = channels.create_messages("a", limit=64)
+    queue = channels.create_queue("b", limit=64)
+    value = channels.create_value("c", limit=64)
+    calls = channels.create_calls("d", limit=64)
+    connections = channels.create_bytes("e", connections=1)
+    with (
+        messages.writer() as writer,
+        messages.reader() as reader,
+        queue.writer() as feeder,
+        queue.reader() as worker,
+        value.writer() as setter,
+        calls.caller() as caller,
+        calls.server() as server,
+        connections.listen(),
+        connections.connect() as stream,
+    ):
+        pending = caller.submit(b"request")
+        request = server.take(0)
+        assert request is not None
+        yield lambda: writer.put(holder)
+        yield lambda: asyncio.run(writer.put_async(holder))
+        yield lambda: writer.put_rows(holder)
+        yield lambda: writer.put_parts([b"head", holder])
+        yield lambda: feeder.put(holder)
+        yield lambda: setter.put(holder)
+        yield lambda: caller.submit(holder, 0)
+        yield lambda: request.reply(holder)
+        yield lambda: stream.send(holder)
+        yield lambda: stream.sendall(holder)
+        yield lambda: asyncio.run(stream.sendall_async(holder))
+        assert reader.get(0) is None
+        assert worker.get(0) is None
+        assert server.take(0) is None
+        writer.put(b"8 bytes.")
+        feeder.put(b"8 bytes.")
+        yield lambda: reader.get_into(holder, 0)
+        yield lambda: reader.get_rows(holder, 0)
+        yield lambda: worker.get_into(holder, 0)
+        yield lambda: stream.recv_into(holder)
+        assert reader.get(0) == worker.get(0) == b"8 bytes."
+        request.reply(b"reply")
+        assert pending.result(0) == b"reply"
+
+
+@pytest.mark.parametrize("holder", HOLDERS, ids=HOLDER_NAMES)
+def test_addresses_of_objects_are_neither_sent_nor_received(
+    channels: Channels, holder: Any
+) -> None:
+    """The memory of an array of objects is addresses: a peer could learn, and set, them."""
+    for call in in_each_kind(channels, holder):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+def test_what_it_says_of_objects(channels: Channels) -> None:
+    with channels.create_messages("a", limit=64).writer() as writer:
+        for holder in OBJECTS, BESIDE_DATES, memoryview(NESTED):
+            with pytest.raises(channel.ChannelTypeError, match=r"of Python objects: .*pickle=True"):
+                writer.put(holder)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        WITHOUT,
+        memoryview(WITHOUT),
+        np.zeros(8, "<M8[s]"),
+        PickleBuffer(np.arange(4)),
+        (ctypes.c_uint16 * 3)(1, 2, 3),
+        memoryview(b"abcd").cast("B", (2, 2)),
+        mmap.mmap(-1, 5),
+    ],
+    ids=["fields", "view of fields", "dates", "pickled", "ctypes", "2 x 2", "mmap"],
+)
+def test_other_buffers_are_sent_as_they_lie(channels: Channels, data: Any) -> None:
+    messages = channels.create_messages("a", limit=64)
+    with messages.writer() as writer, messages.reader() as reader:
+        writer.put(data)
+        assert reader.get(0) == (data.tobytes() if isinstance(data, np.ndarray) else bytes(data))
+        with pytest.raises((BufferError, ValueError), match="contiguous"):
+            writer.put(np.zeros((4, 4), "u1")[:, ::2])
+
+
+def test_a_stream_writer_refuses_objects(channels: Channels) -> None:
+    async def main() -> None:
+        connections = channels.create_bytes("a", connections=1)
+        with connections.listen():
+            _, writer = await connections.open_connection()
+            with pytest.raises(channel.ChannelTypeError, match="of Python objects"):
+                writer.write(OBJECTS)  # type: ignore[arg-type]
+            writer.close()
+
+    asyncio.run(main())

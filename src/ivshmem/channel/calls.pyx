@@ -7,7 +7,7 @@ ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -16,7 +16,7 @@ from ..native.spin cimport Probe
 from .header cimport *
 from .ends cimport ChannelEnd, Wakeup
 from .queues cimport ClaimingEnd, Taken, taken_of
-from .roles cimport WriterEnd
+from .roles cimport take_payload, WriterEnd
 from .sleeping_tasks cimport until_in_time, until_something
 
 import weakref
@@ -266,11 +266,9 @@ cdef class Caller(WriterEnd):
         cdef PendingCall call
         cdef Py_buffer view
         cdef uint32_t cell = 0
-        if self.type is not None:
-            data = self.type.encode(data)
         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
         call.over = True
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_payload(self.type, data, &view)
         try:
             self.enter()
             if <uint64_t>view.len > self.channel.record.geometry.limit:
@@ -453,23 +451,20 @@ cdef class Call(Taken):
         Raises:
             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
         """
-        cdef CallServer server = self.reader
         self.enter()
-        if server.type is not None:
-            data = server.type.encode(data)
-        return self.send(data, REPLY)
+        return self.send(self.reader.type, data, REPLY)
 
     def fail(self, why):
         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
         self.enter()
         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
-        return self.send(str(why).encode(errors="backslashreplace")[:limit], FAILURE)
+        return self.send(None, str(why).encode(errors="backslashreplace")[:limit], FAILURE)
 
-    cdef object send(self, object data, unsigned status):
+    cdef object send(self, object message_type, object data, unsigned status):
         cdef Py_buffer view
         cdef int code
         with cython.critical_section(self.reader):
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            take_payload(message_type, data, &view)
             try:
                 self.enter()
                 self.check_exports()

@@ -7,13 +7,13 @@ writers.Writer; the protocol, which is in ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .roles cimport LARGE, ReaderEnd
+from .roles cimport LARGE, ReaderEnd, take_buffer
 from .sleeping_tasks cimport until_something
 from .views cimport Received
 
@@ -156,7 +156,7 @@ cdef class QueueReader(ClaimingEnd):
         """
         cdef Py_buffer view
         cdef ivshmem_taken taken
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        take_buffer(buffer, &view, PyBUF_WRITABLE)
         try:
             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
                 return None

@@ -7,13 +7,13 @@ which is in ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .roles cimport ReaderEnd, TRIES
+from .roles cimport ReaderEnd, take_buffer, TRIES
 from .sleeping_tasks cimport until_something
 from .views cimport view_of
 
@@ -177,7 +177,7 @@ cdef class Reader(ReaderEnd):
         """
         cdef Py_buffer view
         cdef ivshmem_message message
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        take_buffer(buffer, &view, PyBUF_WRITABLE)
         try:
             for _ in range(TRIES):
                 if self.take(timeout, spin):
@@ -220,7 +220,7 @@ cdef class Reader(ReaderEnd):
         if whole.ndim < 2:
             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
         count = whole.shape[0]
-        PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+        take_buffer(rows, &view, PyBUF_WRITABLE)
         try:
             size = view.len // count if count else 0
             i = 0

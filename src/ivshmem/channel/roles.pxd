@@ -1,5 +1,6 @@
 """What the ends of each kind use of roles.pyx."""
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyObject_GetBuffer
 from libc.stdint cimport uint32_t, uint64_t
 
 from .header cimport ivshmem_message, ivshmem_reader, ivshmem_writer
@@ -13,6 +14,24 @@ cdef enum:
     TRIES = 64
 
 cdef uint64_t microseconds() noexcept nogil
+cpdef object flat(object data)
+cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1
+
+
+cdef inline int take_buffer(object data, Py_buffer *view, int flags) except -1:
+    """Get a buffer whose bytes are sent, or received into; none of Python objects."""
+    if type(data) is bytes or type(data) is bytearray:
+        return PyObject_GetBuffer(data, view, flags)
+    return take_without_objects(data, view, flags)
+
+
+cdef inline int take_payload(object message_type, object data, Py_buffer *view) except -1:
+    """Get the bytes of what is to be sent, as the channel's type makes them."""
+    if message_type is None:
+        return take_buffer(data, view, PyBUF_SIMPLE)
+    return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+
+
 cdef int open_channel(
     ChannelEnd end, object channels, Membership membership, dict found
 ) except -1

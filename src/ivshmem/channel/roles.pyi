@@ -1,9 +1,11 @@
 from typing import Any
 
-from typing_extensions import Self, disjoint_base
+from typing_extensions import Buffer, Self, disjoint_base
 
 from .ends import ChannelEnd
 from .membership import Membership
+
+def flat(data: Buffer) -> memoryview: ...
 
 @disjoint_base
 class WriterEnd(ChannelEnd):

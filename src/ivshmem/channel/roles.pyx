@@ -11,6 +11,9 @@ Invariants:
 """
 
 cimport cython
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer,
+)
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -22,7 +25,7 @@ from .ends cimport ChannelEnd, was_removed
 from .membership cimport Membership
 from .records cimport facts_of
 
-from ..errors import ChannelError, MessageTooLong, Overtaken
+from ..errors import ChannelError, ChannelTypeError, MessageTooLong, Overtaken
 from ..text import all_of, counted
 
 cdef extern from "<time.h>" nogil:
@@ -54,6 +57,56 @@ cdef int open_channel(
         raise was_removed(end.name)
     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
     return 0
+
+
+# -- payloads -------------------------------------------------------------------------------------
+
+cdef bint has_objects(const Py_buffer *view) noexcept:
+    """Whether a buffer's format names Python objects; names of fields stand between colons."""
+    cdef const char *at = view.format
+    cdef bint in_name = False
+    while at != NULL and at[0]:
+        if at[0] == b":":
+            in_name = not in_name
+        elif at[0] == b"O" and not in_name:
+            return True
+        at += 1
+    return False
+
+
+cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1:
+    """Get a buffer whose bytes are sent, or received into; refuse one of Python objects.
+
+    The bytes of objects are their addresses: a peer that learns them knows where this process has
+    its memory, and one that sets them lets this process use what they point to.
+    """
+    try:
+        PyObject_GetBuffer(data, view, flags | PyBUF_ND | PyBUF_FORMAT)
+    except (BufferError, ValueError):  # numpy has no format for dates, nor what is beside them
+        PyObject_GetBuffer(data, view, flags)
+        refused = getattr(getattr(data, "dtype", None), "hasobject", False)
+    else:
+        refused = has_objects(view)
+    if refused:
+        PyBuffer_Release(view)
+        raise ChannelTypeError(
+            f"a {type(data).__name__} of Python objects: its bytes are addresses of this process,"
+            " which no peer may see or set; use a dtype without objects, or pickle=True"
+        )
+    return 0
+
+
+cpdef object flat(object data):
+    """Return a memoryview of the bytes of what is to be sent.
+
+    Raises:
+        ChannelTypeError: a buffer of Python objects.
+        TypeError, BufferError, ValueError: no buffer, or one whose parts do not lie side by side.
+    """
+    cdef Py_buffer view
+    take_buffer(data, &view, PyBUF_SIMPLE)  # which refuses objects
+    PyBuffer_Release(&view)
+    return memoryview(data).cast("B")
 
 
 # -- writers --------------------------------------------------------------------------------------

@@ -7,9 +7,7 @@ ivshmem_channel.h; files over a connection (stream_files.py).
 """
 
 cimport cython
-from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, UINT64_MAX, uint64_t
@@ -19,7 +17,7 @@ from ..native.syscalls cimport EAGAIN, EINTR, errno, iovec, readv, writev
 from .header cimport *
 from .ends cimport ChannelEnd
 from .membership cimport Membership
-from .roles cimport open_channel
+from .roles cimport flat, open_channel, take_buffer
 from .sleeping_tasks cimport until_no_wait, until_something
 
 import os
@@ -364,7 +362,7 @@ cdef class Stream(ChannelEnd):
             ChannelCorrupt, ClosedError: as of all calls.
         """
         cdef Py_buffer view
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_buffer(data, &view, PyBUF_SIMPLE)
         try:
             if view.len == 0:
                 return 0
@@ -420,7 +418,7 @@ cdef class Stream(ChannelEnd):
         """
         cdef Py_buffer view
         cdef uint64_t done = 0
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_buffer(data, &view, PyBUF_SIMPLE)
         try:
             timeout = self.timeout
             deadline = deadline_of(timeout)
@@ -489,7 +487,7 @@ cdef class Stream(ChannelEnd):
         """
         cdef Py_buffer view
         cdef Py_ssize_t room
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        take_buffer(buffer, &view, PyBUF_WRITABLE)
         try:
             room = view.len if nbytes == 0 else nbytes
             if not 0 <= room <= view.len:
@@ -512,7 +510,7 @@ cdef class Stream(ChannelEnd):
 
         After a cancellation it is unknown how much was sent.
         """
-        view = memoryview(data).cast("B")
+        view = flat(data)
         while view:
             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
             view = view[sent:]
@@ -521,7 +519,7 @@ cdef class Stream(ChannelEnd):
     def _send_now(self, data):
         """Send as after settimeout(0), whatever another thread has set."""
         cdef Py_buffer view
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_buffer(data, &view, PyBUF_SIMPLE)
         try:
             return self.push(<const char *>view.buf, view.len, 0, None)
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import ClosedError, IvshmemError
 from ..system.uncopied import Uncopied
+from .roles import flat
 from .streams import Stream, StreamListener
 
 _AT_ONCE = 1 << 16  # bytes
@@ -112,7 +113,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
             raise RuntimeError("write() after write_eof()")
         if self._closing:
             return
-        view = memoryview(data).cast("B")
+        view = flat(data)
         if not self._buffer:
             try:
                 while view:

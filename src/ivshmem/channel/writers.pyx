@@ -10,14 +10,12 @@ released.
 """
 
 cimport cython
-from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from .header cimport *
-from .roles cimport LARGE, microseconds, WriterEnd
+from .roles cimport flat, LARGE, microseconds, take_buffer, take_payload, WriterEnd
 from .sleeping_tasks cimport until_in_time
 
 import operator
@@ -58,9 +56,7 @@ cdef class Writer(WriterEnd):
         """
         cdef Py_buffer view
         cdef uint32_t cell = 0
-        if self.type is not None:
-            data = self.type.encode(data)
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        take_payload(self.type, data, &view)
         try:
             self.enter()  # last: what stands before can run other threads, which close it
             if <uint64_t>view.len > self.channel.record.geometry.limit:
@@ -85,7 +81,7 @@ cdef class Writer(WriterEnd):
     def put_parts(self, parts, timeout=None, *, spin=None):
         """Copy several buffers into one message, one after the other; otherwise as `put`."""
         cdef Loan loan
-        buffers = [memoryview(part).cast("B") for part in parts]
+        buffers = [flat(part) for part in parts]
         loan = self.loan(sum(map(len, buffers)))
         try:
             with memoryview(loan) as into:
@@ -125,7 +121,7 @@ cdef class Writer(WriterEnd):
         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
         count = whole.shape[0]
-        PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
+        take_buffer(rows, &view, PyBUF_SIMPLE)
         try:
             self.enter()
             size = view.len // count if count else 0
