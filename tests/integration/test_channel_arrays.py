@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ivshmem import Directory, Region, channel
-from ivshmem.channel import Channels
+from ivshmem.channel import Channels, types
 
 PATIENCE = 30.0
 SHAPE = (4, 16)
@@ -298,3 +298,150 @@ def test_a_stream_writer_refuses_objects(channels: Channels) -> None:
             writer.close()
 
     asyncio.run(main())
+
+
+FOUR = {"dtype": "<f4", "shape": 4}
+
+
+def writers_of_each_kind(channels: Channels, **kind: Any) -> dict[str, Any]:
+    return {
+        "messages": channels.create_messages("a", **kind),
+        "queue": channels.create_queue("b", **kind),
+        "value": channels.create_value("c", **kind),
+    }
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.ones((2, 4), "<i4"),
+        np.ones((2, 4), ">f4"),
+        np.ones((2, 3), "<f4"),
+        np.ones((2, 2, 2), "<f4"),
+        np.ones(4, "<f4"),
+        memoryview(bytes(32)).cast("B", (2, 16)),
+    ],
+    ids=["int", "byte order", "short", "square", "one row", "bytes"],
+)
+def test_rows_of_another_type_are_refused(channels: Channels, rows: Any) -> None:
+    messages = channels.create_messages("a", **FOUR)
+    with messages.writer() as writer, messages.reader() as reader:
+        with pytest.raises(channel.ChannelTypeError, match="the channel has messages of array <f4"):
+            writer.put_rows(rows)
+        with pytest.raises(channel.ChannelTypeError, match="each row of this is an array of"):
+            asyncio.run(writer.put_rows_async(rows))
+        assert reader.get(0) is None
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<M8[s]", "x:<i2,y:|S3"])
+def test_rows_of_the_type_are_sent(channels: Channels, dtype: str) -> None:
+    kind = types.ArrayType(dtype, (None,)).numpy()
+    messages = channels.create_messages("a", dtype=kind, limit=64)
+    wanted = np.frombuffer(bytes(range(kind.itemsize * 6)), kind).reshape(3, 2)
+    with messages.writer() as writer, messages.reader() as reader:
+        for rows in wanted, np.asfortranarray(wanted):
+            assert writer.put_rows(rows) == 3
+            for row in wanted:
+                assert reader.get(0).tobytes() == row.tobytes()
+        assert writer.put_rows(np.empty((0, 2), kind)) == 0
+        assert writer.put_rows(np.empty((1, 0), kind)) == 1
+        assert reader.get(0).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["messages", "queue", "value"])
+def test_a_message_of_another_size_is_not_published(channels: Channels, kind: str) -> None:
+    made = writers_of_each_kind(channels, **FOUR)[kind]
+    with made.writer() as writer, made.reader() as reader:
+        calls: list[Callable[[], object]] = [
+            lambda: writer.put_parts([b"abc"]),
+            lambda: writer.put_parts([]),
+            lambda: asyncio.run(writer.put_parts_async([b"abc"])),
+            lambda: writer.loan(3).publish(),
+            lambda: writer.loan().publish(size=12),
+            lambda: asyncio.run(writer.loan(3).publish_async()),
+            lambda: writer.loan(3).__enter__().__exit__(None),
+        ]
+        for call in calls:
+            with pytest.raises(channel.ChannelTypeError, match=r"bytes is not array <f4 4"):
+                call()
+        assert (reader.get() if kind == "value" else reader.get(0)) is None
+        writer.put_parts([bytes(8), bytes(8)])
+        assert (reader.get() if kind == "value" else reader.get(0)).tolist() == [0] * 4
+        loan = writer.loan()
+        with pytest.raises(channel.ChannelTypeError):
+            loan.publish(size=0)
+        loan.array[:] = 1  # it stayed
+        loan.publish()
+        assert (reader.get() if kind == "value" else reader.get(0)).tolist() == [1] * 4
+
+
+def test_a_message_of_a_part_of_an_element_is_not_published(channels: Channels) -> None:
+    messages = channels.create_messages("a", dtype="<f4", limit=64)
+    with messages.writer() as writer, messages.reader() as reader:
+        with pytest.raises(channel.ChannelTypeError, match="6 bytes is not array <f4"):
+            writer.loan(6).publish()
+        for size in 0, 4, 64:
+            writer.loan(size).publish()
+            assert reader.get(0).nbytes == size
+
+
+def test_messages_are_not_received_as_other_numbers(channels: Channels) -> None:
+    kinds = writers_of_each_kind(channels, **FOUR)
+    messages, queue = kinds["messages"], kinds["queue"]
+    ints, floats, raw = np.empty((1, 4), "<i4"), np.empty((1, 4), "<f4"), bytearray(16)
+    with (
+        messages.writer() as writer,
+        messages.reader() as reader,
+        queue.writer() as feeder,
+        queue.reader() as worker,
+    ):
+        for into in (floats, raw, np.empty((1, 16), "u1"), memoryview(floats)):
+            for call in reader.get_into, reader.get_rows, worker.get_into:
+                if into is raw and call == reader.get_rows:
+                    continue
+                (feeder if call == worker.get_into else writer).put(np.ones(4, "<f4"))
+                with pytest.raises(channel.ChannelTypeError, match="this is for int32"):
+                    call(ints, 0)
+                assert call(into, 0) in (1, 16)
+                assert bytes(into) == np.ones(4, "<f4").tobytes()
+
+
+def test_objects_have_no_bytes_to_lend_or_view(channels: Channels) -> None:
+    """What is sent must be what `put` makes of an object; and no message is lost by a refusal."""
+    refused: list[Callable[[], object]] = []
+    kinds = writers_of_each_kind(channels, limit=256)
+    for name, made in kinds.items():
+        writer, reader = made.writer(pickle=True), made.reader(pickle=True)
+        writer.put(name)
+        refused += [
+            lambda writer=writer: writer.loan(),
+            lambda writer=writer: writer.put_parts([b"abc"]),
+            lambda writer=writer: asyncio.run(writer.put_parts_async([b"abc"])),
+            lambda writer=writer: writer.put_rows(np.ones((2, 4), "u1")),
+            lambda writer=writer: asyncio.run(writer.put_rows_async(np.ones((2, 4), "u1"))),
+        ]
+        for way in "view", "view_async", "get_into", "get_into_async", "get_rows":
+            if hasattr(reader, way):
+                takes = () if way.startswith("view") else (np.empty((2, 32), "u1"),)
+                refused.append(lambda of=reader, way=way, takes=takes: called(of, way, takes))
+        for call in refused:
+            with pytest.raises(channel.ChannelTypeError, match="with pickle=True"):
+                call()
+        refused.clear()
+        if name == "queue":
+            with reader.take(0) as taken:
+                assert taken.get() == name
+        else:
+            assert (reader.get() if name == "value" else reader.get(0)) == name
+        writer.close()
+        reader.close()
+
+
+def called(end: Any, way: str, takes: tuple[Any, ...]) -> Any:
+    if not way.endswith("_async"):
+        return getattr(end, way)(*takes)
+
+    async def main() -> Any:
+        return await getattr(end, way)(*takes)
+
+    return asyncio.run(main())

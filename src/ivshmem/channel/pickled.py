@@ -27,6 +27,8 @@ _MOST_BUFFERS = 1 << 16
 class Pickled:
     """What stands for a type where both ends said pickle=True."""
 
+    in_place = False  # what lies in memory is not the object
+
     def encode(self, thing: object) -> bytearray:
         """Return a message.
 

@@ -7,13 +7,13 @@ writers.Writer; the protocol, which is in ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .roles cimport LARGE, ReaderEnd, take_buffer
+from .roles cimport LARGE, ReaderEnd, take_target
 from .sleeping_tasks cimport until_something
 from .views cimport Received
 
@@ -153,10 +153,11 @@ cdef class QueueReader(ClaimingEnd):
 
         Raises:
             MessageTooLong: the message has more bytes than the buffer; it is given back.
+            ChannelTypeError: as of Reader.get_into.
         """
         cdef Py_buffer view
         cdef ivshmem_taken taken
-        take_buffer(buffer, &view, PyBUF_WRITABLE)
+        take_target(self.type, self.name, buffer, &view)
         try:
             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
                 return None

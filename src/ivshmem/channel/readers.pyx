@@ -7,13 +7,13 @@ which is in ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .roles cimport ReaderEnd, take_buffer, TRIES
+from .roles cimport check_in_place, ReaderEnd, take_target, TRIES
 from .sleeping_tasks cimport until_something
 from .views cimport view_of
 
@@ -174,10 +174,12 @@ cdef class Reader(ReaderEnd):
         Raises:
             MessageTooLong: the message has more bytes than the buffer. The next call returns the
                 same message.
+            ChannelTypeError: elements of the buffer are neither bytes nor those of the channel's
+                type, or pickle=True.
         """
         cdef Py_buffer view
         cdef ivshmem_message message
-        take_buffer(buffer, &view, PyBUF_WRITABLE)
+        take_target(self.type, self.name, buffer, &view)
         try:
             for _ in range(TRIES):
                 if self.take(timeout, spin):
@@ -202,7 +204,8 @@ cdef class Reader(ReaderEnd):
         It waits, as `get`, for the first message only.
 
         Args:
-            rows: a contiguous buffer of two dimensions or more, which can be written.
+            rows: a contiguous buffer of two dimensions or more, which can be written: of bytes,
+                or of the dtype of the channel's type.
 
         Returns:
             How many rows were filled; 0: no message came in time.
@@ -210,6 +213,7 @@ cdef class Reader(ReaderEnd):
         Raises:
             MessageTooLong: the first message has more bytes than a row; it is there for the next
                 call. (A later one ends the call.)
+            ChannelTypeError: as of `get_into`.
         """
         cdef Py_buffer view
         cdef uint64_t size, i, count
@@ -220,7 +224,7 @@ cdef class Reader(ReaderEnd):
         if whole.ndim < 2:
             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
         count = whole.shape[0]
-        take_buffer(rows, &view, PyBUF_WRITABLE)
+        take_target(self.type, self.name, rows, &view)
         try:
             size = view.len // count if count else 0
             i = 0
@@ -274,8 +278,10 @@ cdef class Reader(ReaderEnd):
 
         Raises:
             ChannelError: as many views as the channel allows are alive.
+            ChannelTypeError: pickle=True.
             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
         """
+        check_in_place(self.type, self.name)
         if self.views >= self.channel.record.geometry.views:
             raise ChannelError(
                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"
@@ -413,8 +419,12 @@ cdef class ValueReader(ReaderEnd):
 
         The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the
         writer has used its memory again. The last four contents keep theirs.
+
+        Raises:
+            ChannelTypeError: pickle=True.
         """
         cdef int code
+        check_in_place(self.type, self.name)
         self.enter()
         code = ivshmem_value_look(&self.reader, &self.message)
         if code == IVSHMEM_AGAIN:

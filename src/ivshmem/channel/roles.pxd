@@ -1,6 +1,6 @@
 """What the ends of each kind use of roles.pyx."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyObject_GetBuffer
 from libc.stdint cimport uint32_t, uint64_t
 
 from .header cimport ivshmem_message, ivshmem_reader, ivshmem_writer
@@ -15,6 +15,8 @@ cdef enum:
 
 cdef uint64_t microseconds() noexcept nogil
 cpdef object flat(object data)
+cdef int check_in_place(object message_type, str name) except -1
+cdef int take_typed(object message_type, str name, object buffer, Py_buffer *view) except -1
 cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1
 
 
@@ -30,6 +32,15 @@ cdef inline int take_payload(object message_type, object data, Py_buffer *view) 
     if message_type is None:
         return take_buffer(data, view, PyBUF_SIMPLE)
     return PyObject_GetBuffer(message_type.encode(data), view, PyBUF_SIMPLE)
+
+
+cdef inline int take_target(
+    object message_type, str name, object buffer, Py_buffer *view
+) except -1:
+    """Get a buffer that messages are received into: of bytes, or of the type's dtype."""
+    if message_type is None:
+        return take_buffer(buffer, view, PyBUF_WRITABLE)
+    return take_typed(message_type, name, buffer, view)
 
 
 cdef int open_channel(

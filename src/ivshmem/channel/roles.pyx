@@ -12,7 +12,8 @@ Invariants:
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer,
+    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release,
+    PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -93,6 +94,29 @@ cdef int take_without_objects(object data, Py_buffer *view, int flags) except -1
             f"a {type(data).__name__} of Python objects: its bytes are addresses of this process,"
             " which no peer may see or set; use a dtype without objects, or pickle=True"
         )
+    return 0
+
+
+cdef int check_in_place(object message_type, str name) except -1:
+    """Refuse what sends, or shows, the bytes of a message where messages are pickled objects."""
+    if message_type is not None and not message_type.in_place:
+        raise ChannelTypeError(
+            f"channel {name!r}: with pickle=True messages are objects, which have no bytes to lend,"
+            " view or copy in parts: use `put` and `get`"
+        )
+    return 0
+
+
+cdef int take_typed(object message_type, str name, object buffer, Py_buffer *view) except -1:
+    """Do what take_target does, where messages have a type."""
+    check_in_place(message_type, name)
+    take_buffer(buffer, view, PyBUF_WRITABLE)
+    if view.itemsize != 1:
+        try:
+            message_type.check_dtype(buffer)
+        except BaseException:
+            PyBuffer_Release(view)
+            raise
     return 0
 
 

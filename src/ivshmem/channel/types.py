@@ -39,6 +39,8 @@ class ArrayType:
         shape: lengths; the first may be None: any.
     """
 
+    in_place = True  # what lies in memory is the message: it can be looked at where it lies
+
     def __init__(self, dtype: str, shape: tuple[int | None, ...]) -> None:
         self.dtype = dtype
         self.shape = shape
@@ -91,16 +93,41 @@ class ArrayType:
         Raises:
             ChannelTypeError: it does not fit.
         """
+        array = self._array_of(data)
+        self._check(array.dtype, array.shape, "this")
+        return array.view("uint8").reshape(-1) if array.size else b""
+
+    def encode_rows(self, rows: Any) -> Any:
+        """Return a buffer with two dimensions, whose rows are what is to be sent.
+
+        Raises:
+            ChannelTypeError: a row does not fit.
+        """
+        array = self._array_of(rows)
+        self._check(array.dtype, array.shape[1:], "each row of this")
+        size = array.nbytes // max(len(array), 1)
+        return array.view("uint8").reshape(len(array), size)
+
+    def check_size(self, size: int) -> None:
+        """Refuse a message of `size` bytes if it cannot be of this type.
+
+        Raises:
+            ChannelTypeError: that.
+        """
+        if size % self.row or (size != self.row and None not in self.shape):
+            raise ChannelTypeError(f"a message of {size} bytes is not {self}")
+
+    def check_dtype(self, buffer: Any) -> None:
+        """Refuse a buffer for messages whose elements are others than the type's.
+
+        Raises:
+            ChannelTypeError: that.
+        """
         import numpy  # an extra, which only arrays need
 
-        kind = self.numpy()
-        array = numpy.asarray(data)
-        if array.dtype != kind or not self._fits(array.shape):
-            raise ChannelTypeError(
-                f"the channel has messages of {self}, and this is an array of {array.dtype} with"
-                f" shape {array.shape}"
-            )
-        return numpy.ascontiguousarray(array).view("uint8").reshape(-1) if array.size else b""
+        kind = numpy.asarray(buffer).dtype
+        if kind != self.numpy():
+            raise ChannelTypeError(f"the channel has messages of {self}, and this is for {kind}")
 
     def interface(self, size: int) -> tuple[str, tuple[int, ...]]:
         """Return typestr and shape for __array_interface__ of a message of `size` bytes."""
@@ -108,20 +135,28 @@ class ArrayType:
             return f"|V{self.itemsize}", self._shape_of(size)
         return self.dtype, self._shape_of(size)
 
-    def _fits(self, shape: Sequence[int]) -> bool:
-        return len(shape) == len(self.shape) and all(
-            wanted is None or wanted == length
-            for wanted, length in zip(self.shape, shape, strict=True)
-        )
+    def _array_of(self, data: Any) -> Any:
+        import numpy  # an extra, which only arrays need
+
+        return numpy.asarray(data, order="C")
+
+    def _check(self, dtype: Any, shape: Sequence[int], what: str) -> None:
+        if (
+            dtype != self.numpy()
+            or len(shape) != len(self.shape)
+            or any(
+                wanted not in (None, length)
+                for wanted, length in zip(self.shape, shape, strict=True)
+            )
+        ):
+            raise ChannelTypeError(
+                f"the channel has messages of {self}, and {what} is an array of {dtype} with shape"
+                f" {shape}"
+            )
 
     def _shape_of(self, size: int) -> tuple[int, ...]:
-        if None not in self.shape:
-            if size != self.row:
-                raise ChannelTypeError(f"a message of {size} bytes is not {self}")
-            return tuple(length for length in self.shape if length is not None)
-        if size % self.row:
-            raise ChannelTypeError(f"a message of {size} bytes is not {self}")
-        return (size // self.row, *(length for length in self.shape[1:] if length is not None))
+        self.check_size(size)
+        return tuple(size // self.row if length is None else length for length in self.shape)
 
 
 def _itemsize(dtype: str) -> int:

@@ -15,7 +15,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from .header cimport *
-from .roles cimport flat, LARGE, microseconds, take_buffer, take_payload, WriterEnd
+from .roles cimport (
+    check_in_place, flat, LARGE, microseconds, take_buffer, take_payload, WriterEnd,
+)
 from .sleeping_tasks cimport until_in_time
 
 import operator
@@ -51,7 +53,7 @@ cdef class Writer(WriterEnd):
         Raises:
             TimeoutError: a reader that blocks left no room in time. Nothing was published.
             MessageTooLong: the channel's limit is less.
-            ChannelTypeError: it does not fit the channel's type.
+            ChannelTypeError: it does not fit the channel's type, or is of Python objects.
             ChannelCorrupt, ClosedError: as of all calls.
         """
         cdef Py_buffer view
@@ -79,7 +81,11 @@ cdef class Writer(WriterEnd):
 
     @cython.critical_section
     def put_parts(self, parts, timeout=None, *, spin=None):
-        """Copy several buffers into one message, one after the other; otherwise as `put`."""
+        """Copy several buffers into one message, one after the other; otherwise as `put`.
+
+        Raises:
+            ChannelTypeError: no message of the channel's type has so many bytes, or pickle=True.
+        """
         cdef Loan loan
         buffers = [flat(part) for part in parts]
         loan = self.loan(sum(map(len, buffers)))
@@ -108,14 +114,18 @@ cdef class Writer(WriterEnd):
 
         Raises:
             TimeoutError: not one was published.
-            MessageTooLong, ChannelCorrupt, ClosedError: as of `put`.
+            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of `put`.
         """
         cdef Py_buffer view
         cdef uint32_t cell = 0
         cdef uint64_t size, i, count
         cdef uint64_t time
         cdef int code = 0
-        cdef object whole = memoryview(rows)
+        cdef object whole
+        check_in_place(self.type, self.name)
+        if self.type is not None:
+            rows = self.type.encode_rows(rows)
+        whole = memoryview(rows)
         if whole.ndim < 2:
             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
@@ -182,6 +192,7 @@ cdef class Writer(WriterEnd):
         Raises:
             MessageTooLong: the channel's limit is less.
             ChannelError: as many loans as the channel allows are out.
+            ChannelTypeError: pickle=True.
             ClosedError: as of all calls.
         """
         cdef uint64_t wanted
@@ -208,6 +219,7 @@ cdef class Loan:
     """
 
     def __cinit__(self, Writer writer not None, uint32_t size):
+        check_in_place(writer.type, writer.name)
         self.writer = writer
         self.size = size
         if size > writer.channel.record.geometry.limit:
@@ -278,6 +290,7 @@ cdef class Loan:
         Raises:
             BufferError: a memoryview or an array of it is alive: its owner could change the message
                 after it was published. The loan stays.
+            ChannelTypeError: no message of the channel's type has so many bytes. The loan stays.
             TimeoutError: as of `put`. The loan stays.
         """
         cdef Writer writer = self.writer
@@ -290,6 +303,8 @@ cdef class Loan:
                 if not 0 <= size <= self.size:
                     raise ValueError(f"{size} bytes of a loan of {self.size}")
                 length = size
+            if writer.type is not None:
+                writer.type.check_size(length)
             code = writer.wait(timeout, spin)
             if code == IVSHMEM_AGAIN:
                 raise writer.blocked(timeout)
