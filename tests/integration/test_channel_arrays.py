@@ -7,16 +7,18 @@ import ctypes
 import gc
 import mmap
 import os
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pickle import PickleBuffer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ivshmem import Directory, Region, channel
+from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Channels, types
 
 PATIENCE = 30.0
@@ -147,6 +149,56 @@ def test_others_that_are_taken_where_they_lie(region: Region, channels: Channels
             assert same_memory(region, array)
             assert bytes(array) == b"w" * 64
             del array
+
+
+def test_what_is_taken_has_the_type_and_the_time(region: Region, channels: Channels) -> None:
+    """Messages of queues, and calls, are offered to numpy and others as those of a View are."""
+    wanted = np.arange(64, dtype="<f4").reshape(SHAPE)
+    queue = channels.create_queue("a", dtype="<f4", shape=SHAPE, times=True)
+    calls = channels.create_calls("b", dtype="<f4", shape=SHAPE)
+    with (
+        queue.writer() as writer,
+        queue.reader() as reader,
+        calls.caller() as caller,
+        calls.server() as server,
+    ):
+        begun = time.time()
+        writer.put(wanted)
+        pending = caller.submit(wanted)
+        taken, call = reader.take(0), server.take(0)
+        assert taken is not None
+        assert call is not None
+        assert begun - 0.001 <= taken.time <= time.time()
+        assert call.time is None  # the channel has no times
+        for message in taken, call:
+            interface = SimpleNamespace(__array_interface__=message.__array_interface__)
+            for array in [*seen_in_each_way(message), np.asarray(interface)]:
+                assert same_memory(region, array)
+                assert not array.flags.writeable
+                assert array.dtype == wanted.dtype
+                assert (array == wanted).all()
+            array = message.array
+            with pytest.raises(BufferError, match="in use"):
+                taken.done() if message is taken else call.reply(wanted)
+            del array
+        assert taken.offset != call.offset
+        taken.done()
+        waited_for = call.reply(call.array + 1)
+        assert waited_for
+        assert (pending.result(0) == wanted + 1).all()
+        for message in taken, call:
+            for name in "array", "__array_interface__":
+                with pytest.raises(ClosedError, match="was released"):
+                    getattr(message, name)
+
+
+def test_what_is_taken_without_a_type_is_bytes(channels: Channels) -> None:
+    queue = channels.create_queue("a", limit=64)
+    with queue.writer() as writer, queue.reader() as reader:
+        writer.put(b"abc")
+        with reader.take(0) as taken:
+            assert taken.array.tobytes() == b"abc"
+            assert taken.time is None
 
 
 @pytest.mark.parametrize("way", range(4), ids=["array", "dlpack", "asarray", "frombuffer"])
@@ -430,6 +482,8 @@ def test_objects_have_no_bytes_to_lend_or_view(channels: Channels) -> None:
         refused.clear()
         if name == "queue":
             with reader.take(0) as taken:
+                with pytest.raises(channel.ChannelTypeError, match="with pickle=True"):
+                    _ = taken.array
                 assert taken.get() == name
         else:
             assert (reader.get() if name == "value" else reader.get(0)) == name

@@ -242,14 +242,15 @@ cdef class QueueReader(ClaimingEnd):
 cdef class Taken(Received):
     """A message of a queue that this reader has; made by `QueueReader.take`.
 
-    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the
-    region can change them at any time.
+    It is a buffer that can be read, and `array` has the channel's type, as of a View. Its bytes are
+    shared memory: any process that can write to the region can change them at any time.
 
     Attributes:
         size: bytes.
         redelivered: another reader had it before, and did not acknowledge it.
         writer: the number of the writer's slot.
         position: of the message among those of its writer.
+        time: of publication, in seconds since 1970; None if the channel has no times.
     """
 
     @property

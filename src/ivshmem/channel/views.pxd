@@ -12,6 +12,8 @@ cdef class Received:
 
     cdef int enter(self) except -1
     cdef int check_exports(self) except -1
+    cdef object not_made(self)
+    cdef object type_in_place(self)
 
 
 cdef class View(Received):

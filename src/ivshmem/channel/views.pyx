@@ -15,7 +15,7 @@ from libc.stdint cimport uint64_t
 
 from ..native.syscalls cimport ivshmem_count
 from .header cimport *
-from .roles cimport microseconds, ReaderEnd
+from .roles cimport check_in_place, microseconds, ReaderEnd
 
 from ..errors import ClosedError, Overtaken
 from ..text import counted
@@ -23,10 +23,20 @@ from ..text import counted
 
 @cython.no_gc_clear
 cdef class Received:
-    """A message where it lies: a buffer that can be read."""
+    """A message where it lies: a buffer that can be read.
+
+    Attributes:
+        size: bytes.
+        writer: the number of the writer's slot.
+        position: of the message among those of its writer.
+        time: of publication, in seconds since 1970; None if the channel has no times.
+    """
 
     def __init__(self, *_, **__):
-        raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
+        raise self.not_made()
+
+    cdef object not_made(self):
+        return TypeError(f"a {type(self).__name__} is made by the end of a channel")
 
     def __reduce__(self):
         raise TypeError(
@@ -77,6 +87,58 @@ cdef class Received:
     def __len__(self):
         return self.message.length
 
+    @property
+    def time(self):
+        cdef uint64_t late, today
+        if self.reader is None:
+            raise self.not_made()
+        if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+            return None
+        # The message has 44 bits of it, half a year: the rest is that of now.
+        today = microseconds()
+        late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
+        if late >= <uint64_t>1 << 43:
+            return (today + ((<uint64_t>1 << 44) - late)) / 1e6
+        return (today - late) / 1e6
+
+    @property
+    def offset(self):
+        """Where it lies in the region, in bytes."""
+        return self.message.offset
+
+    cdef object type_in_place(self):
+        self.enter()
+        check_in_place(self.reader.type, self.reader.name)
+        return self.reader.type
+
+    @property
+    def array(self):
+        """A numpy array over the message, of the channel's type (without one: of bytes)."""
+        import numpy  # an extra, which only this needs
+
+        message_type = self.type_in_place()
+        if message_type is not None:
+            return message_type.array(memoryview(self))
+        return numpy.frombuffer(self, "uint8")
+
+    @property
+    def __array_interface__(self):
+        """What numpy.asarray and others take: address, shape and type; read-only."""
+        message_type = self.type_in_place()
+        kind, shape = ("|u1", (self.message.length,))
+        if message_type is not None:
+            kind, shape = message_type.interface(self.message.length)
+        address = <size_t>self.reader.channel.area.memory.start + self.message.offset
+        return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
+
+    def __dlpack__(self, **options):
+        """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        """Return DLPack's number of the processor's memory."""
+        return (1, 0)
+
 
 @cython.no_gc_clear
 @cython.final
@@ -101,25 +163,6 @@ cdef class View(Received):
     def lost(self):
         return self.message.lost
 
-    @property
-    def time(self):
-        cdef uint64_t late, today
-        if self.reader is None:
-            raise TypeError("a View is made by Reader.view")
-        if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
-            return None
-        # The message has 44 bits of it, half a year: the rest is that of now.
-        today = microseconds()
-        late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
-        if late >= <uint64_t>1 << 43:
-            return (today + ((<uint64_t>1 << 44) - late)) / 1e6
-        return (today - late) / 1e6
-
-    @property
-    def offset(self):
-        """Where it lies in the region, in bytes."""
-        return self.message.offset
-
     def __bytes__(self):
         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
         cdef bytes data
@@ -139,34 +182,6 @@ cdef class View(Received):
             ivshmem_count(&self.exports, -1)
         self.check()
         return data
-
-    @property
-    def array(self):
-        """A numpy array over the message, of the channel's type (without one: of bytes)."""
-        import numpy  # an extra, which only this needs
-
-        self.enter()
-        if self.reader.type is not None:
-            return self.reader.type.array(memoryview(self))
-        return numpy.frombuffer(self, "uint8")
-
-    @property
-    def __array_interface__(self):
-        """What numpy.asarray and others take: address, shape and type; read-only."""
-        self.enter()
-        kind, shape = ("|u1", (self.message.length,))
-        if self.reader.type is not None:
-            kind, shape = self.reader.type.interface(self.message.length)
-        address = <size_t>self.reader.channel.area.memory.start + self.message.offset
-        return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
-
-    def __dlpack__(self, **options):
-        """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        """Return DLPack's number of the processor's memory."""
-        return (1, 0)
 
     def check(self):
         """Raise Overtaken if the message was overwritten since it was taken."""
