@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 from collections.abc import Iterator
 
@@ -87,3 +88,11 @@ def test_both_ends_must_say_so(channels: Channels) -> None:
 def test_what_is_not_such_a_message(data: bytes) -> None:
     with pytest.raises(channel.ChannelTypeError):
         Pickled().decode(data)
+
+
+def test_more_buffers_than_a_message_can_name() -> None:
+    """Those that have no place beside the pickle stand in it."""
+    many = (1 << 16) + 2
+    data = Pickled().encode([pickle.PickleBuffer(bytearray(b"%d" % i)) for i in range(many)])
+    assert data[4:8] == struct.pack("<I", 1 << 16)
+    assert Pickled().decode(data) == [b"%d" % i for i in range(many)]

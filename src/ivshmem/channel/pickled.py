@@ -6,7 +6,7 @@ To unpickle executes what the message says. So both ends must ask for it, and it
 no other user can write to.
 
     4  "pkl5"
-    4  how many buffers
+    4  how many buffers, at most 65536; further ones stand in the pickle
     8  bytes of the pickle, and 8 for each buffer: its bytes
     .. the pickle, and the buffers, each at a multiple of 64
 """
@@ -36,7 +36,15 @@ class Pickled:
             pickle.PicklingError, TypeError: it cannot be pickled.
         """
         buffers: list[pickle.PickleBuffer] = []
-        stream = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
+
+        def goes_inside(buffer: pickle.PickleBuffer) -> bool:
+            """Whether it stands in the pickle itself, as there are too many beside it."""
+            if len(buffers) == _MOST_BUFFERS:
+                return True
+            buffers.append(buffer)
+            return False
+
+        stream = pickle.dumps(thing, protocol=5, buffer_callback=goes_inside)
         parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
         sizes = [part.nbytes for part in parts]
         message = bytearray(_MAGIC + struct.pack(f"<I{len(sizes)}Q", len(buffers), *sizes))
