@@ -1933,8 +1933,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/_core.pyx",
-  "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "cpython/type.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/native/spin.pxd",
@@ -2343,7 +2343,7 @@ struct __pyx_t_7ivshmem_5_core_Polled {
   Py_ssize_t count;
 };
 
-/* "descriptors.pxd":86
+/* "descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2356,7 +2356,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2375,7 +2375,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2392,7 +2392,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2407,7 +2407,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2569,7 +2569,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2586,7 +2586,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2601,7 +2601,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2615,7 +2615,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2857,6 +2857,84 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
+/* FastTypeChecks.proto (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -2946,40 +3024,11 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 /* KeywordStringCheck.proto */
 static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
 #else
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
-/* FastTypeChecks.proto (used by ExtTypeTest) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
 #endif
 
 /* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
@@ -3134,52 +3183,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyNotImplementedError_Check.proto */
 #define __Pyx_PyExc_NotImplementedError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_NotImplementedError)
@@ -3572,9 +3575,6 @@ static CYTHON_INLINE int __Pyx_PySequence_ContainsTF(PyObject* item, PyObject* s
     int result = PySequence_Contains(seq, item);
     return unlikely(result < 0) ? result : (result == (eq == Py_EQ));
 }
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* PyOverflowError_Check.proto */
 #define __Pyx_PyExc_OverflowError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OverflowError)
@@ -4092,6 +4092,7 @@ static int (*__pyx_f_7ivshmem_6native_11descriptors_is_eventfd)(int, int); /*pro
 static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(*__pyx_f_7ivshmem_6native_11descriptors_shared_signaller)(void); /*proto*/
 static int (*__pyx_f_7ivshmem_6native_11descriptors_add_one_nowait)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int); /*proto*/
 static int (*__pyx_f_7ivshmem_6native_11descriptors_add_one_if_room)(int); /*proto*/
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t, struct timespec *); /*proto*/
@@ -4228,7 +4229,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[5];
     PyObject *__pyx_codeobj_tab[25];
-    PyObject *__pyx_string_tab[188];
+    PyObject *__pyx_string_tab[189];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4307,165 +4308,166 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[26]
 #define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[27]
 #define __pyx_kp_u_this_endpoint __pyx_string_tab[28]
-#define __pyx_kp_u_vector_2 __pyx_string_tab[29]
-#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[30]
-#define __pyx_n_u_ClosedError __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells___reduce __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__bells __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__check_can_wait __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[39]
-#define __pyx_n_u_Doorbells__doorbell_nowait __pyx_string_tab[40]
-#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[41]
-#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[42]
-#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[43]
-#define __pyx_n_u_Doorbells__look_for __pyx_string_tab[44]
-#define __pyx_n_u_Doorbells__read_news __pyx_string_tab[45]
-#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[46]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[47]
-#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[48]
-#define __pyx_n_u_Doorbells__unwatch_news __pyx_string_tab[49]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[50]
-#define __pyx_n_u_Doorbells__watch_news __pyx_string_tab[51]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[52]
-#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[53]
-#define __pyx_n_u_Doorbells_echo __pyx_string_tab[54]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[55]
-#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[56]
-#define __pyx_n_u_Doorbells_ring_all_nowait __pyx_string_tab[57]
-#define __pyx_n_u_Interrupt __pyx_string_tab[58]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[59]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[60]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[61]
-#define __pyx_n_u_annotate __pyx_string_tab[62]
-#define __pyx_n_u_doc __pyx_string_tab[63]
-#define __pyx_n_u_enter __pyx_string_tab[64]
-#define __pyx_n_u_exit __pyx_string_tab[65]
-#define __pyx_n_u_func __pyx_string_tab[66]
-#define __pyx_n_u_iter __pyx_string_tab[67]
-#define __pyx_n_u_main __pyx_string_tab[68]
-#define __pyx_n_u_module __pyx_string_tab[69]
-#define __pyx_n_u_name __pyx_string_tab[70]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[71]
-#define __pyx_n_u_qualname __pyx_string_tab[72]
-#define __pyx_n_u_reduce __pyx_string_tab[73]
-#define __pyx_n_u_set_name __pyx_string_tab[74]
-#define __pyx_n_u_test __pyx_string_tab[75]
-#define __pyx_n_u_add_bell __pyx_string_tab[76]
-#define __pyx_n_u_add_vector __pyx_string_tab[77]
-#define __pyx_n_u_bells __pyx_string_tab[78]
-#define __pyx_n_u_check_can_wait __pyx_string_tab[79]
-#define __pyx_n_u_close_bells __pyx_string_tab[80]
-#define __pyx_n_u_descriptor __pyx_string_tab[81]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[82]
-#define __pyx_n_u_drop_peer __pyx_string_tab[83]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[84]
-#define __pyx_n_u_listen_alone __pyx_string_tab[85]
-#define __pyx_n_u_listen_uio __pyx_string_tab[86]
-#define __pyx_n_u_look_for __pyx_string_tab[87]
-#define __pyx_n_u_read_news __pyx_string_tab[88]
-#define __pyx_n_u_ring_by __pyx_string_tab[89]
-#define __pyx_n_u_ring_self __pyx_string_tab[90]
-#define __pyx_n_u_set_queued __pyx_string_tab[91]
-#define __pyx_n_u_unwatch_news __pyx_string_tab[92]
-#define __pyx_n_u_wait_event __pyx_string_tab[93]
-#define __pyx_n_u_watch_news __pyx_string_tab[94]
-#define __pyx_n_u_add __pyx_string_tab[95]
-#define __pyx_n_u_answer __pyx_string_tab[96]
-#define __pyx_n_u_any __pyx_string_tab[97]
-#define __pyx_n_u_anything __pyx_string_tab[98]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[99]
-#define __pyx_n_u_auto __pyx_string_tab[100]
-#define __pyx_n_u_bell __pyx_string_tab[101]
-#define __pyx_n_u_bells_2 __pyx_string_tab[102]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[103]
-#define __pyx_n_u_close __pyx_string_tab[104]
-#define __pyx_n_u_closed __pyx_string_tab[105]
-#define __pyx_n_u_collections __pyx_string_tab[106]
-#define __pyx_n_u_contextlib __pyx_string_tab[107]
-#define __pyx_n_u_done __pyx_string_tab[108]
-#define __pyx_n_u_doorbell __pyx_string_tab[109]
-#define __pyx_n_u_dup __pyx_string_tab[110]
-#define __pyx_n_u_echo __pyx_string_tab[111]
-#define __pyx_n_u_entered __pyx_string_tab[112]
-#define __pyx_n_u_errors __pyx_string_tab[113]
-#define __pyx_n_u_eventfds __pyx_string_tab[114]
-#define __pyx_n_u_fd __pyx_string_tab[115]
-#define __pyx_n_u_fileno __pyx_string_tab[116]
-#define __pyx_n_u_gentle __pyx_string_tab[117]
-#define __pyx_n_u_get __pyx_string_tab[118]
-#define __pyx_n_u_items __pyx_string_tab[119]
-#define __pyx_n_u_ivshmem __pyx_string_tab[120]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[121]
-#define __pyx_n_u_limit __pyx_string_tab[122]
-#define __pyx_n_u_made __pyx_string_tab[123]
-#define __pyx_n_u_module_2 __pyx_string_tab[124]
-#define __pyx_n_u_namedtuple __pyx_string_tab[125]
-#define __pyx_n_u_nanoseconds __pyx_string_tab[126]
-#define __pyx_n_u_number __pyx_string_tab[127]
-#define __pyx_n_u_old __pyx_string_tab[128]
-#define __pyx_n_u_os __pyx_string_tab[129]
-#define __pyx_n_u_outer __pyx_string_tab[130]
-#define __pyx_n_u_own __pyx_string_tab[131]
-#define __pyx_n_u_peer __pyx_string_tab[132]
-#define __pyx_n_u_peers __pyx_string_tab[133]
-#define __pyx_n_u_pop __pyx_string_tab[134]
-#define __pyx_n_u_queued __pyx_string_tab[135]
-#define __pyx_n_u_registers __pyx_string_tab[136]
-#define __pyx_n_u_relay __pyx_string_tab[137]
-#define __pyx_n_u_remove __pyx_string_tab[138]
-#define __pyx_n_u_ring __pyx_string_tab[139]
-#define __pyx_n_u_ring_all __pyx_string_tab[140]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[141]
-#define __pyx_n_u_rings __pyx_string_tab[142]
-#define __pyx_n_u_rounds __pyx_string_tab[143]
-#define __pyx_n_u_self __pyx_string_tab[144]
-#define __pyx_n_u_setdefault __pyx_string_tab[145]
-#define __pyx_n_u_signal __pyx_string_tab[146]
-#define __pyx_n_u_signaller __pyx_string_tab[147]
-#define __pyx_n_u_sleeping __pyx_string_tab[148]
-#define __pyx_n_u_spin __pyx_string_tab[149]
-#define __pyx_n_u_stopped __pyx_string_tab[150]
-#define __pyx_n_u_store __pyx_string_tab[151]
-#define __pyx_n_u_suppress __pyx_string_tab[152]
-#define __pyx_n_u_take __pyx_string_tab[153]
-#define __pyx_n_u_timeout __pyx_string_tab[154]
-#define __pyx_n_u_urgent __pyx_string_tab[155]
-#define __pyx_n_u_values __pyx_string_tab[156]
-#define __pyx_n_u_vector __pyx_string_tab[157]
-#define __pyx_n_u_vectors __pyx_string_tab[158]
-#define __pyx_n_u_which __pyx_string_tab[159]
-#define __pyx_n_u_word __pyx_string_tab[160]
-#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[161]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[162]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81 __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_1_t_XQgQ __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[187]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[29]
+#define __pyx_kp_u_vector_2 __pyx_string_tab[30]
+#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[31]
+#define __pyx_n_u_ClosedError __pyx_string_tab[32]
+#define __pyx_n_u_Doorbells __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells___reduce __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__bells __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__check_can_wait __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[40]
+#define __pyx_n_u_Doorbells__doorbell_nowait __pyx_string_tab[41]
+#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[42]
+#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[43]
+#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[44]
+#define __pyx_n_u_Doorbells__look_for __pyx_string_tab[45]
+#define __pyx_n_u_Doorbells__read_news __pyx_string_tab[46]
+#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[47]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[48]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[49]
+#define __pyx_n_u_Doorbells__unwatch_news __pyx_string_tab[50]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[51]
+#define __pyx_n_u_Doorbells__watch_news __pyx_string_tab[52]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[53]
+#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[54]
+#define __pyx_n_u_Doorbells_echo __pyx_string_tab[55]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[56]
+#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[57]
+#define __pyx_n_u_Doorbells_ring_all_nowait __pyx_string_tab[58]
+#define __pyx_n_u_Interrupt __pyx_string_tab[59]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[60]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[61]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[62]
+#define __pyx_n_u_annotate __pyx_string_tab[63]
+#define __pyx_n_u_doc __pyx_string_tab[64]
+#define __pyx_n_u_enter __pyx_string_tab[65]
+#define __pyx_n_u_exit __pyx_string_tab[66]
+#define __pyx_n_u_func __pyx_string_tab[67]
+#define __pyx_n_u_iter __pyx_string_tab[68]
+#define __pyx_n_u_main __pyx_string_tab[69]
+#define __pyx_n_u_module __pyx_string_tab[70]
+#define __pyx_n_u_name __pyx_string_tab[71]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[72]
+#define __pyx_n_u_qualname __pyx_string_tab[73]
+#define __pyx_n_u_reduce __pyx_string_tab[74]
+#define __pyx_n_u_set_name __pyx_string_tab[75]
+#define __pyx_n_u_test __pyx_string_tab[76]
+#define __pyx_n_u_add_bell __pyx_string_tab[77]
+#define __pyx_n_u_add_vector __pyx_string_tab[78]
+#define __pyx_n_u_bells __pyx_string_tab[79]
+#define __pyx_n_u_check_can_wait __pyx_string_tab[80]
+#define __pyx_n_u_close_bells __pyx_string_tab[81]
+#define __pyx_n_u_descriptor __pyx_string_tab[82]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[83]
+#define __pyx_n_u_drop_peer __pyx_string_tab[84]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[85]
+#define __pyx_n_u_listen_alone __pyx_string_tab[86]
+#define __pyx_n_u_listen_uio __pyx_string_tab[87]
+#define __pyx_n_u_look_for __pyx_string_tab[88]
+#define __pyx_n_u_read_news __pyx_string_tab[89]
+#define __pyx_n_u_ring_by __pyx_string_tab[90]
+#define __pyx_n_u_ring_self __pyx_string_tab[91]
+#define __pyx_n_u_set_queued __pyx_string_tab[92]
+#define __pyx_n_u_unwatch_news __pyx_string_tab[93]
+#define __pyx_n_u_wait_event __pyx_string_tab[94]
+#define __pyx_n_u_watch_news __pyx_string_tab[95]
+#define __pyx_n_u_add __pyx_string_tab[96]
+#define __pyx_n_u_answer __pyx_string_tab[97]
+#define __pyx_n_u_any __pyx_string_tab[98]
+#define __pyx_n_u_anything __pyx_string_tab[99]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[100]
+#define __pyx_n_u_auto __pyx_string_tab[101]
+#define __pyx_n_u_bell __pyx_string_tab[102]
+#define __pyx_n_u_bells_2 __pyx_string_tab[103]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[104]
+#define __pyx_n_u_close __pyx_string_tab[105]
+#define __pyx_n_u_closed __pyx_string_tab[106]
+#define __pyx_n_u_collections __pyx_string_tab[107]
+#define __pyx_n_u_contextlib __pyx_string_tab[108]
+#define __pyx_n_u_done __pyx_string_tab[109]
+#define __pyx_n_u_doorbell __pyx_string_tab[110]
+#define __pyx_n_u_dup __pyx_string_tab[111]
+#define __pyx_n_u_echo __pyx_string_tab[112]
+#define __pyx_n_u_entered __pyx_string_tab[113]
+#define __pyx_n_u_errors __pyx_string_tab[114]
+#define __pyx_n_u_eventfds __pyx_string_tab[115]
+#define __pyx_n_u_fd __pyx_string_tab[116]
+#define __pyx_n_u_fileno __pyx_string_tab[117]
+#define __pyx_n_u_gentle __pyx_string_tab[118]
+#define __pyx_n_u_get __pyx_string_tab[119]
+#define __pyx_n_u_items __pyx_string_tab[120]
+#define __pyx_n_u_ivshmem __pyx_string_tab[121]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[122]
+#define __pyx_n_u_limit __pyx_string_tab[123]
+#define __pyx_n_u_made __pyx_string_tab[124]
+#define __pyx_n_u_module_2 __pyx_string_tab[125]
+#define __pyx_n_u_namedtuple __pyx_string_tab[126]
+#define __pyx_n_u_nanoseconds __pyx_string_tab[127]
+#define __pyx_n_u_number __pyx_string_tab[128]
+#define __pyx_n_u_old __pyx_string_tab[129]
+#define __pyx_n_u_os __pyx_string_tab[130]
+#define __pyx_n_u_outer __pyx_string_tab[131]
+#define __pyx_n_u_own __pyx_string_tab[132]
+#define __pyx_n_u_peer __pyx_string_tab[133]
+#define __pyx_n_u_peers __pyx_string_tab[134]
+#define __pyx_n_u_pop __pyx_string_tab[135]
+#define __pyx_n_u_queued __pyx_string_tab[136]
+#define __pyx_n_u_registers __pyx_string_tab[137]
+#define __pyx_n_u_relay __pyx_string_tab[138]
+#define __pyx_n_u_remove __pyx_string_tab[139]
+#define __pyx_n_u_ring __pyx_string_tab[140]
+#define __pyx_n_u_ring_all __pyx_string_tab[141]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[142]
+#define __pyx_n_u_rings __pyx_string_tab[143]
+#define __pyx_n_u_rounds __pyx_string_tab[144]
+#define __pyx_n_u_self __pyx_string_tab[145]
+#define __pyx_n_u_setdefault __pyx_string_tab[146]
+#define __pyx_n_u_signal __pyx_string_tab[147]
+#define __pyx_n_u_signaller __pyx_string_tab[148]
+#define __pyx_n_u_sleeping __pyx_string_tab[149]
+#define __pyx_n_u_spin __pyx_string_tab[150]
+#define __pyx_n_u_stopped __pyx_string_tab[151]
+#define __pyx_n_u_store __pyx_string_tab[152]
+#define __pyx_n_u_suppress __pyx_string_tab[153]
+#define __pyx_n_u_take __pyx_string_tab[154]
+#define __pyx_n_u_timeout __pyx_string_tab[155]
+#define __pyx_n_u_urgent __pyx_string_tab[156]
+#define __pyx_n_u_values __pyx_string_tab[157]
+#define __pyx_n_u_vector __pyx_string_tab[158]
+#define __pyx_n_u_vectors __pyx_string_tab[159]
+#define __pyx_n_u_which __pyx_string_tab[160]
+#define __pyx_n_u_word __pyx_string_tab[161]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[162]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[163]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881 __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81 __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_1_t_XQgQ __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[188]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4504,7 +4506,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<188; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<189; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4549,7 +4551,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<188; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<189; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4567,6 +4569,203 @@ return 0;
 /* "descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4576,7 +4775,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4585,7 +4784,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4598,7 +4797,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4612,7 +4811,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4629,7 +4828,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4666,7 +4865,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4679,7 +4878,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4695,7 +4894,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4707,7 +4906,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4720,7 +4919,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4729,7 +4928,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4753,7 +4952,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4762,7 +4961,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4771,7 +4970,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4784,7 +4983,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4798,7 +4997,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4813,7 +5012,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4841,7 +5040,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4854,7 +5053,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4869,7 +5068,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4878,7 +5077,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4887,7 +5086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4896,7 +5095,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4905,7 +5104,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4914,7 +5113,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4926,7 +5125,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4939,7 +5138,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4948,7 +5147,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4960,7 +5159,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4973,7 +5172,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4982,7 +5181,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4994,7 +5193,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5007,7 +5206,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5016,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5028,7 +5227,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5041,7 +5240,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5051,7 +5250,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5068,7 +5267,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5082,7 +5281,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5091,7 +5290,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5117,7 +5316,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5130,7 +5329,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5139,7 +5338,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5152,7 +5351,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5166,7 +5365,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5177,7 +5376,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5190,7 +5389,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5203,7 +5402,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5214,7 +5413,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5227,7 +5426,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23874,7 +24073,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -23884,9 +24083,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -23896,7 +24095,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -23905,8 +24104,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -23915,8 +24114,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -23925,8 +24124,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -23935,8 +24134,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -25129,41 +25328,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{2},{12},{64},{8},{10},{7},{6},{2},{9},{14},{17},{21},{5},{37},{22},{37},{13},{7},{21},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{3},{4},{7},{6},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{2},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{2},{12},{64},{8},{10},{7},{6},{2},{9},{14},{17},{21},{5},{37},{22},{37},{13},{23},{7},{21},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{3},{4},{7},{6},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{2},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{370},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{11},{22},{124},{75},{83},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2212 bytes) */
-static const char cstring[] = "x\332\245U\317s\023G\026\226\210C\354\254L$\374\003b\226\315(`\214\t\353-\201\313f]Em\2510\006\263\273\006\305\206$\007\230\214fZ\322\340\321\2644\323#Y\273a+G\035\347\330\307>\316q\216:\362\047\350\250\243\377\004\377\ty\257{$\215\r\267\245\214\246\373u\367\353\367\276\357{\2575\323p]\312\264*\321L\332\262\211\245QOk\331\346\261C\254\0350\271.1\231f\324\r\333\275\217K\264E\\\2155\210f\221\216m\222\361J\267A<\230\200\047\030h\266\257\271\204X\340\254a\370Z\223\302\022k\030\352\334\303\007Z\325f\276Fkr\332\245\236%\367C\014\260\203t\210\313j\026\256j\035\270\231z\376F)\031\355\300\001\330I\\\253Em\227I\337\377(\047\213\312_z\271\013\313^\340\326\265_=\333\255\373\277j\314n\022_\363m\027\302\266\325\272c\3708\260\031\204Z\243\336\306\001u\311\001e2\\\246=\351\261\006u1:\2138v\225x\006#NO\363\231g\233\014\322\2249\275z\372\352\257\233\2176!xK\363\310{\010\006\356\010\252&\270\366\211L\263\032\330\016\263!\373^\213\370\033\332~M\353\321@\002\2441\252\265`_\372\000\200\342j>a\022\2355I\216\301l\352\352p\034\362X\323,\333\203K\354\016\301\323{\206\343\223\rC3\264\327\373/\023N\21417\026%\n\330c\227v\201\"\333lh-B<\000\351\304\366\331\216\346\032M\"\357QV\360\207P\031\226\245\303)2\245\303\262}\243\352\020\342\342o\335\264}5\262\354\216\337h\222\346\006\361< *\231\375M7\201\360\215V\357\304\245cr\3003\242\214\030\343U\211\200|\323\263[i\356\222\335\211\034p\323\204M\260\231\016\365\211u\316\212\034*3\246\347\020y\013\244pN\t\211\327.Rjb\306\020\305\370\252\047\362\360S\214\177\227R\257J\034\307\237\0146t\335#V`\022]O\331\020\036\034^0)\207)\343E_f\203\230\307:\224\233\216A\246\0270\206O\266O\341I\033\223!\360s\301\211\345\321\226\216\330\246l\016\220L\\\335p@\325\237\232\003\233\246\215\224\036\353\265s\227y\304\000!\220n:*\324\207^\355]\264\370\304\251\245l _\275\035\220\200X)c\340v\rf6.z\304<t\251\263s\306OwJ\230\246\3231\024S\0131\033\251\214j \00775\227q\032\351\375cK\002\346\276\0135\355\005-v@\017\003\263\361F\362\371\312\243\214\232\324\221\n\321\365W\275\023\370""\277\013\345\257\037\220\023\366#\251\351zR\242 \022\035\3701\361C\320\225\034\234@r\360\257\026\270r\301N\354Mh\232\362K\255\300\221\047\261\024\361\013e\243w\030V\027\316\332\201\341\214W\306R\324%\274c+#>\3360\026eJ\212JQ\027d\227\026[Jb\027\2055\225\223n\373X\3174\200\262\"\347\024\225\322\321D=S\315\214\2252\325GJ\025\347\264\220R@\212w\310\303p\375.\364\\\267\007\177P\320\320\230\374\236k\332tc\022\217o\004\214b\3302\037\323\301\020\001X\346\031&\251\032\346\261LV\365\007\340\320\301\266I]\037\0365\006\344AG\267 \215q\346V\320B\001I\352\340\351\222\035-i\177~\315Rj\252\303\024\032 a\300cs\334\357\306MP\266=\307n\332\254iXD1\213,Y,h\341\310\305X\250k\371n\320\204\267\204:\026\365!\r\030u]DZ\366\340\026m)\210<RGx=\037|\032=\017\374u\010B9\026\355\005\361\312\047\016P\001\367\2105@m\221\232\0218\314\267\353.\274\021\362\327\001w\320\305\361\031\361\341\307g\264\325\"\026|<\342\007\255\026\374\372\3148&\370NB`\201\207\351v\014\047 \276RT\362 \313\207\004\337m\354\300w_\365^V\361\325\323\356\255g\244\001~\3263\223\341}M\316\247Sx=\003\330MZ@\210b]\273\0477\311\237\255M}\274;\331\250J\202V\337\353\333\t\322\372\226k\340\373\247\227JS\005\373\372\3418\307\304\237t\203\376>\211Q\031\345\226\377\343\222\273\035j[\353\031D\314\315`\331aM\3305\335\243\264\231\251\031\266\243wm\326\310@\375$2\312\250\234%\005\223\003\212\276\214\005u#\345Kk\322#\210)pY\306o\030 F}B\237\004\006\357MrTp\251R\003\r\1776a\244\032\334\376^\376\275<\232\275\3227\324\307\016\333\243\\>\314\206\213a%$\274\004\326\322\203\263\2573s\363\375\177\302\322l\256\377\"4F\263\177\352o\366\273a\235Wp\363\345\320\342E\276\311\177\213`\373\251\\\373\300\313\274\302-Q\034\345\346G\263s\243\3347\375\366(\277\030>\343\333\242(J\247\371\025y\242+\254\250\030\225N\245\023\003\017\347\372{a1|\004km\234\336\344GbY\260\250\024At\337\364O\302\016?\024_G\353q)\206\270\317.g\346r\237\273-\037^\341\306(w\235gy\201\337\306a>\234\347\225S\010\243\023\036\362/\320=\206\363\224_\023YQ\300\341\201(\236\302\3479/O\242A\367""\363\375\375\360\210/C\244\306H\236\376\211\357\212\354\250\260\302\357\210\313`\223\001\337\341Y\265\373/\223p\367\342\"\242\264\025^\343\331Q\256\020.\207\220\317\331\254\212\027\221{-nC\362\353\361\303X:f\341fx\302\231\330\212\026\242\047\021\213K\030\323\036_\023\005\330\047\257\371\0278R\360\203#I\310\277y\001-/y\t?\007\274\010\0139\025r\005\206Wp\270\033~\tDJ\007\317\302\322\330\n\030ct\177\017\31329\037\221\313\017\363\032d&\203^\010\313\243\334\002\204\324\023\227D\361\202\255\213H\213\322\005\353obS\374/\256\340E\020\027/*\272\332|\206\357\211;Q6*\250\273\277\027\337\002\343\233\021Hi\205\257\362\266\220I\201\264\370\354P+\3052\241\335p\006\002\253|Ve\217\304#T\331Y>\r\266\024]\022\013j\014b+\204K\241\241\004+\235\213\257D;\232\215\347\006\205\001\2046\337?\n\013\210\301Xn\350\362\372\004\2319\305\3106\277\005W\347\257\363/\361\263\004P\241\230\336G\227\242\265x!.OMuq\024\025\242\333\221\031K)\355c\300\210I\007%\047\3054\234\271\311\337E\2453-3\227\007\317\217Au\213\342\347\250\022\325\343\312p\346{\320\236\nE\336\255\200\317\002R\267\242\251\203\333\342 \206m+p_C\030\242\033\001\251\177\346I\275\375\027\225\242N~\020e\001\330-\206\273\3742(_\225\303,\210\047\277\000\367^\022\367\242\247\361\022\210n\361\206\252E\314\365?X\007\243\374\267\262\034\256\212\235\350u\274\032\263\301\346\340\344c;\251\212\321\"D)\266\243{\361\323\301\322\3008M\234\026n\360\035\361:Z\215\202xo I\367\001\320\322p\346\207\350\361`\376\343\273\341\341\273\341;\375\354~fnU@\t\337\344o%x/\006\020\331\r$\nR@sE\325\362vx\013\210\317-)\366\037\205\017A\272\023<\226E\373\024\047\303kwAP\313\240\241\034\034\344\307\200\375z\374 >\034\314\014\366?V\024w\245\321\322w\274\207\272\033-\256\360u\224\353\225~\003$\301\270\0346AI%\t\316\030\250<p\367\035T\340\3438\213\234g\371\n(\372C\374|P\036\034}\204\265\345\260\212 \302\350\032\010\nGa\001\033\312I\350\203\332\321\210@\177\205kP\2270\204\302\033\316l\307m\325\305P\366[J\337/@\311?\210\303(\253\212e\221\277\201\262_\214\336*\374\332\303\231""\235AQ\t\374g\251\021C5\242\244\001<\007\225\247\333pB\275T\t 7\\Z\003\245_\006u\344\256\206\253\241\307\027\370\013Q\217\216\342\253\320j\354\001\373(;\313\013n\360\216\220u5\007\001TT\274o\305]P\261\241&\277\300\026\006RH\326\336\310\236\231\254\034G\327\342/\300_u\220EF\266\340\222]1\007<\334\201\n[\030\224U\363*~rS\202\313O\3749\210arK0\236\274AR\304\263h;.B\003D,\376\000\233yZ\233";
-    PyObject *data = __Pyx_DecompressString(cstring, 2212, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2219 bytes) */
+static const char cstring[] = "x\332\245U\317s\023G\026\226\210C\354\254L$\374\003b\226\315(`\214\t\353-\201\313f]Em\2510\006\263\273\006\305\206$\007\230\214fZ\322\340\321\2644\323#Y\273a+G\035\347\330\307>\316q\216:\362\047\350\250\243\377\004\377\ty\257{$\215\r\267\245\214\246\373u\367\353\367\276\357{\2575\323p]\312\264*\321L\332\262\211\245QOk\331\346\261C\254\0350\271.1\231f\324\r\333\275\217K\264E\\\2155\210f\221\216m\222\361J\267A<\230\200\047\030h\266\257\271\204X\340\254a\370Z\223\302\022k\030\352\334\303\007Z\325f\276Fkr\332\245\236%\367C\014\260\203t\210\313j\026\256j\035\270\231z\376F)\031\355\300\001\330I\\\253Em\227I\337\377(\047\213\312_z\271\013\313^\340\326\265_=\333\255\373\277j\314n\022_\363m\027\302\266\325\272c\3708\260\031\204Z\243\336\306\001u\311\001e2\\\246=\351\261\006u1:\2138v\225x\006#NO\363\231g\233\014\322\2249\275z\372\352\257\233\2176!xK\363\310{\010\006\356\010\252&\270\366\211L\263\032\330\016\263!\373^\213\370\033\332~M\353\321@\002\2441\252\265`_\372\000\200\342j>a\022\2355I\216\301l\352\352p\034\362X\323,\333\203K\354\016\301\323{\206\343\223\rC3\264\327\373/\023N\21417\026%\n\330c\227v\201\"\333lh-B<\000\351\304\366\331\216\346\032M\"\357QV\360\207P\031\226\245\303)2\245\303\262}\243\352\020\342\342o\335\264}5\262\354\216\337h\222\346\006\361< *\231\375M7\201\360\215V\357\304\245cr\3003\242\214\030\343U\211\200|\323\263[i\356\222\335\211\034p\323\204M\260\231\016\365\211u\316\212\034*3\246\347\020y\013\244pN\t\310;\r\330De\232\0334\201\314\344\262.2m\"\020\020\3348\202\047\322\347SLk\227R\257J\034\307\237\0146t\335#V`\022]O\331\0205\034^0)\207)\343E_f\203\230\307:T\241\216\261\247\0270\206O\266OQK\033\223!\320v\301\211\345\321\226\216\220\247l\016pO\\\335p@\354\237\232\003\233\246\215\224\036\353\265s\227y\304\000}\220n:*\224\215^\355]\264\370\304\251\245l\240j\275\035\220\200X)c\340v\rf6.z\304<t)\277s\306OwJ\230\246\3231\024S\0131\033\251\214j\240\02275\227q\032\351\375cK\002\346\276\013\245\356\005-v@\017\003\263\361F\362\371\312\243\214\232\324\221\n\321""\365W\275\023\370\277\013]A? \047\354GR\323\365\244rA$:\360c\342\207\240+98\201\344\340_-p\345\202\235\330\233\320K\345\227Z\201#Ob\205\342\027\252I\3570,:\234\265\003\303\031\257\214\245\250Kx\307VF|\274a,\312\224\024\225\242.\310.-\266\224\304.\nk*\047\335\366\261\314\241\254l\227\234STJG\023\365L53V\312T\037)U\234\323BJ\001)\336!\017\303\365\273\320\212\335\036\374A\235C\277\362{\256i\323\215I<\276\0210\212a\313|L\007C\004`\231g\230\244j\230\3072Y\3256\200C\007\273)u}x\353\030\220\007\215\336\2024\306\231[A\013\005$\251\203\027M6\272\244+\3725K\251\251\016S\350\213\204\001\217\315q\033\034\367F\331\r\035\273i\263\246a\021\305,\262d\261\240\205#\027c\241\256\345\253\256D\035\213\372\220\006\214\272.\"-[s\213\266\024D\036\251#\274\236\017>\215\236\007\376:\004\241\034\213\366\202x\345\313\007\250\200{\304\032\240\266H\315\010\034\346\333u\027\236\016\371\353\200;h\356\370\272\370\360\3433\332j\021\013>\036\361\203V\013~}f\034\223\244\215\006\036\246\3331\234\200\370JQ\311;-\337\027|\316\2611\337}\325{Y\305\307P\273\267\236\221\006\370Y\317L\206\36759\237N\341Q\r`7i\001!\212u\355\236\334$\177\2666\365\361\356d\243*\tZ}\257o\047H\353[\256\201\317\242^*M\025\354\353\207\343\034\023\177\322\r\372\373$Fe\224[\376\217K\356v\250m\255g\02017\203e\2075a\327t\217\322f\246f\330\216\336\265Y#\003\365\223\310(\243r\226\024L\016(\3722\026\324\215\224/\255I\217 \246\300e\031\277a\200\030\365\t}\022\030\2747\311Q\301\245J\r4\374\331\204\221jp\373{\371\367\362h\366J\337P\037;l\217r\3710\033.\206\225\220\360\022XK\017\316\276\316\314\315\367\377\tK\263\271\376\213\320\030\315\376\251\277\331\357\206u^\301\315\227C\213\027\371&\377-\202\355\247r\355\003/\363\n\267Dq\224\233\037\315\316\215r\337\364\333\243\374b\370\214o\213\242(\235\346W\344\211\256\260\242bT:\225N\014<\234\353\357\205\305\360\021\254\265qz\223\037\211e\301\242R\004\321}\323?\t;\374P|\035\255\307\245\030\342>\273\234\231\313}\356\266|x\205\033\243\334u\236\345\005~\033\207\371p\236WN!\214Nx\310\277@\367\030\316S~MdE""\001\207\007\242x\n\237\347\274<\211\006\335\317\367\367\303#\276\014\221\032#y\372\047\276+\262\243\302\n\277#.\203M\006|\207g\325\356\277L\302\335\213\213\210\322Vx\215gG\271B\270\034B>g\263*^D\356\265\270\r\311\257\307\017c\351\230\205\233\341\tgb+Z\210\236D,.aL{|M\024`\237\274\346_\340H\301\017\216$!\377\346\005\264\274\344%\374\034\360\",\344T\310\025\030^\301\341n\370%\020)\035<\013Kc+`\214\321\375=,\313\344|D.?\314k\220\231\014z!,\217r\013\020RO\\\022\305\013\266.\"-J\027\254\277\211M\361\277\270\202\027A\\\274\250\350j\363\031\276\047\356D\331\250\240\356\376^|\013\214oF \245\025\276\312\333B&\005\322\342\263C\255\024\313\204v\303\031\010\254\362Y\225=\022\217Peg\3714\330RtI,\2501\210\255\020.\205\206\022\254t.\276\022\355h6\236\033\024\006\020\332|\377(, \006c\271\241\313\353\023d\346\024#\333\374\026\\\235\277\316\277\304\317\022@\205bz\037]\212\326\342\205\270<5\325\305QT\210nGf,\245\264\217\001#&\035\224\234\024\323p\346&\177\027\225\316\264\314\\\036<?\006\325-\212\237\243JT\217+\303\231\357A{*\024y\267\002>\013H\335\212\246\016n\213\203\030\266\255\300}\ra\210n\004\244\376\231\047\365\366_T\212:\371A\224\005`\267\030\356\362\313\240|U\016\263 \236\374\002\334{I\334\213\236\306K \272\305\033\252\0261\327\377`\035\214\362\337\312r\270*v\242\327\361j\314\006\233\203\223\217\355\244*F\213\020\245\330\216\356\305O\007K\003\3434qZ\270\301w\304\353h5\n\342\275\201$\335\007@K\303\231\037\242\307\203\371\217\357\206\207\357\206\357\364\263\373\231\271U\001%|\223\277\225\340\275\030@d7\220(H\001\315\025U\313\333\341- >\267\244\330\177\024>\004\351N\360X\026\355S\234\014\257\335\005A-\203\206rp\220\037\003\366\353\361\203\370p03\330\377XQ\334\225FK\337\361\036\352n\264\270\302\327Q\256W\372\r\220\004\343r\330\004%\225$8c\240\362\300\335wP\201\217\343,r\236\345+\240\350\017\361\363Ayp\364\021\326\226\303*\202\010\243k (\034\205\005l(\047\241\017jG#\002\375\025\256A]\302\020\no8\263\035\267U\027C\331o)}\277\000%\377 \016\243\254*\226E\376\006\312~1z\253\360k\017gv""\006E%\360\237\245F\014\325\210\222\006\360\034T\236n\303\t\365R%\200\334pi\r\224~\031\324\221\273\032\256\206\036_\340/D=:\212\257B\253\261\007\354\243\354,/\270\301;B\326\325\034\004PQ\361\276\025wA\305\206\232\374\002[\030H!Y{#{f\262r\034]\213\277\000\177\325A\026\031\331\202Kv\305\034\360p\007*laPV\315\253\370\311M\t.?\361\347 \206\311-\301x\362\006I\021\317\242\355\270\010\r\020\261\370\003\344bc9";
+    PyObject *data = __Pyx_DecompressString(cstring, 2219, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2996 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.a\277 a UIO\215Da\346\224Edo\355\000\331Akno\377w which \377peers ex\377ist: nam\342\347\001e\017\004\213\000\247!add\365_\220`e\205Gdisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\246@\356\007\004/_c\356@.pygxno\225E\345\000wa\361 \370\341 }\001\272dscrip\001t\355`\207b\262`\354C\207e\342a\344F~\320`closed\t\nX\340A\021\003\333\001le\322@i\350 ggth\236hO\004wh\320@Qc\356\001\347@\256eCO\002E\274\001\377Doorbell\375s\000\006.__red\037uce__\t\010\233!$\001\360\004\014\250\204\0031\010<\rchec?k_can_\207!Z\010\232\323\002_k\rde\227%\205\010d\370\235\004\235@6\014drop_\364\331A\263\010l\342@en_a\357lone\005\017uio\376 \took_forn\362\010rea\206`ew\205)\356\307\205\001_by\032\ting\337_self\254(se\377t_queued\376\301(unwatch\023_nD\013\224a_\362\206\002\355(\026\021p\372B\222G\203%\244Gech\307\010\237filen\327\010\265\002a\343ll\324G\n\005\306$Int\377erruptNo\337SuchV\371\207\002Pr\277otocol\235b_\357_Pyx\001\000Dic\377t_NextRe\347f__\234\206\004\242`__d\177oc____eG\001\356\004\002xit\r\001fun\336\024\002iter\035\001ma{in\003\002odul5\0024\207\206\0017\001p_\000vt\352\205\001E\001Oqual\022\005\203\204\005_\353 ;t_(\005tes^\001\215\204\005Q_\271\206\001\263\211\003\314c_\351k_\342h\325_\331g_\312l_\306f_i\375s\314\206\001outine\261_\306i\005\005\305`_l\267d_\242\253f_\243d\002\003\234a_""\214g_\352\200i_\370G_\230gadd\377answeran\375y\000\000thinga\377syncio.c\373or\212\003sauto\314\260\206\001\263\206\002cl\237\001\326 tr\177aceback\255\207\002\364\261\207\003\301@l\263\211\001onsc\375o\347@xtlibdwone\313\205\005dup\275a\346\266Bed\314\210\003\207\214\004sfd\376\310cgentleg\177etitems\367\210\004\374\375\210\005\362\210\002limitm\317adem\325B\335\211\001dt\377uplenano\373sex\000dsnum\377beroldos\314\324 \007\000wn\222\212\001\225\212\002po\335p\263\205\003reg\272\206\001rs\277relayrM\000v\301e\304\214\001\277\204\005\256\204\014\336\214\002\223 nd\375s\210\206\001setdef\377aultsign\373al\000\003lersl\373ee\303\213\001spins\277topped\004\000r\337esupp\003\000st\333ak\333\000me\355@ur~\353\001values\205\216\003\360\212\216\004\304\213\002\264\216\001\201\216\001(PyO\275b\362\214\001 *)\000\014\002iont)\000\002\006, \013\002\372\022\005,\272\215\001uct eopoll\362\206\003 * \002\336%\00264_tA\004st\355r%\001__\217\205\001obj\373_7\350\213\004_6nat\277ive_11\233\211\007s\203_S\345\002\341\000I\004\212\002L\001 \360\224\r\017\003\243\002*8(voi\267d)\000\256!n\000\260\215\001o\377ne_if_ro\377om\000fail_\177with\000is\330\210\003\307fd\000\356\003\376\"(\006no\276\225\215\001\000dead\272\204\002o\375fM\002_count\377\000shared_\300\266F\355\"t\001\255$\251#\217\212\003el\317lint\337\017\347A_o\377f\200A\200A\330\010\016\373\210a\001\003i\220q\330\014\377\020\220\001\220\024\220Q\220\367e\2301\032\00012\360\n\337\000\t\r\210K\030\000\010\014\377\210J\220a\330\010\013\210\1774\210w\220g\230Q)\001\377\006\220d\230!\2304\230\353|\250,\000\340\027\002}\230A\377\230Q\230d\240!\330\014\377\r\330\010\t\330\014\017\210\377q\330\020\024\220G\2307\177\240!\2401\340\020\032-\002\377w\240d\250!\2501\340\326o\000\006\220\177\000\340]\000F\220\367!\2208K\000q\200A\340\377\010\035\230T\240\026\240t\367\2501\250\242\000\017\210x\220\377v\230S\240\n\250)\260\3731\260\265\000\360\006\000\t\014\374\207\000]\016\020\220\016\230a\330\377\014\030\230\001\230\021\230$~\007\001""\020\220\r\230Q\340\204\000\237v\220S\230\003[\001\213\001E\277\230\027\240\001\240\021\226\001Nw\240!\340\236\000H\230A\205\006\376[\001\r\210I\220T\230\026\367\230w\240M\000\017\210v\220\377W\230D\240\001\330\021\032\317\230&\240\006\021\000\254\002&\230\327\001\200A\211\001\036\246\006F\260\375!\242!6\220\027\230\001\330\337\014\021\220\026\220\315\000\360\010\334\252\003\266!U\240$\372\000)\260\3733\260T\002t\2204\220x\377\230t\2406\250\023\250C\357\250t\2601\252!F\230\047s\240\021%\000\356 \014\210LF\000x\371#i\000\214BM\230\021\330\216@wO\2301\003\001N\230!\202\000]\014\246AI\220Q\215\000\016\261A\347D\220\005\306@<\002G\2201\270\016\005\341 \300A9\220A\330\002s\236\244A\020\320\020 \327\000\330@6\177\220\023\220A\330\014\023\220\000Oy\240\002\240\302\004\013\006w\324A\367\2401\330\034\013|\2404\240\047~\260Q\215\001\225\000\230\373\000\253A\377q\230\004\230F\240&\250w\001\250\021\214\003\"\240\031\357@\3774\250q\330\010\032\230%\353\230qn\001\014\327a\230\010\320w 1\260\314\002D\220\004\226\000\335Q\321r8\2408\342a\360\0203\000\t\343\047\246`\013\210\257\004\340a\276\215 \021\220\025\220a\253\204\003K\377\220q\230\010\240\007\240q\177\250\010\260\t\270\021\270\226@\277\r\210T\220\021\220\237@\014\211\210\351c\226!\030\341\204\001\225\"\253\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\205`\311aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\306bI\223\205\001\372\272!v\357a\020\220\006\220a\377\320\004\035\230^\2501\360\377 \000\t\020\210t\220=\376\363`\024\240X\250Q\250g\037\260Q\320\004\"\371`\364\204\003\247\205\002\272\363#\001\247 #\250Q\225\205\004\320\177\004$\240N\260!\340\263 \377$\230h\240a\240w\250\337a\330\010\034\230\366\0024\210y{\246a\255C}\240A\240\204@\177\024\220D\230\006\230a\370\205\002\377\020\220\010\230\001\330\020\023\376u\000\002\240*\250E\260\025\246\362`\024\033\206\206\003\230\206\001z\204\205\001\330\373\020\031\212\205\002\022\240:\250U\377\260%\260t\2704\270x\333\300q\217\205""\004\330\024\243\000\2407\377\250*\260E\270\025\270a\374\257\206\001Q\001\021\033\230:\240U\277\250%\250u\260F\326!\017\377\210s\220!\2201\320\004\377+\250=\270\r\300^\320\377S^\320^_\360,\000\377\t%\240A\330\010\035\230\375]\270\"J\270a\330\010\033\350\265\204\001\300\000\023\001Q\306\206\0037\220#\277\220Q\330\014\025\220\371B8\357\2203\220a\201\204\005\001\240\026w\240q\340\222\204\001\320\027(\316`\375\026\301`\014\035\230Q\230k\376\371 )\2602\260S\270\004\357\270I\300Q\350\207\001t\2201\337\330\025\037\230y\364a\330\024w\032\230)\253\204\001\016\210h\220`}t\252\205\001\016\210m\2308\277\204\001\367\t\330\014\241%\020\021\330\020?\037\230t\240=\260\250 \266\207\001\377\032\2404\240}\260H\270\377A\270T\300\021\330\020\026{\220b\301!\021\330\020\027\316`\356\314 \021\220\021\315\207\001x\220s\323\230!\020\002\265\211\001\007\030\001\230\021v\300\211\001\005\220\330@7\260q\300\210\003\372\363\204\0016\332\204\003J\220d\230+\357\240S\250\001\247\205\003\024\230V\277\2406\250\024\250]\272#q_\320\004:\270!\333\204\003X\237bya\203\210\003\372\206\004H\220A\330\373\211\t\370\364D\342b\267 \320\025\047\240q\373\250\006\233`\014\022\220%\220\377r\230\023\230J\240g\250\377T\260\022\2603\260i\270\373t\300\325\207\002J\230a\230v\335\240\271\212\002\t\230\024\301\212\003\005\220\337]\240(\250$6\001\020\220\227\005\220Y \000t\210`\336\212\002\005\353\220V\257\211\002\014\024\003k\250\027\377\260\003\2603\260b\270\001\372\216A6b\000D\240\t\250\021\377\250&\260\t\270\023\270A\314\267\210\003\223 \024\220]\n\221$W\230\271H\212`E\004a\230u\005\005V\376\221A\240G\2507\260!\260?1\330\010\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2996, 4231);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3007 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.a\277 a UIO\215Da\346\224Edo\355\000\331Akno\377w which \377peers ex\377ist: nam\342\347\001e\017\004\213\000\247!add\365_\220`e\205Gdisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\246@\356\007\004/_c\356@.pygxno\225E\345\000wa\361 \370\341 }\001\272dscrip\001t\355`\207b\262`\354C\207e\342a\344F~\320`closed\t\nX\340A\021\003\333\001le\322@i\350 \347gth\236h\364Aout\236\335f num\312@f\004wEh\347@c\205!\376@\305eCf\002\375E\323\001Doorbe\367lls\000\006.__r\177educe__\t\010\300\262!$\001\004\014\277\204\0031\010<\rch\377eck_can_h\236!Z\010\352\002_k\rde\256%\342\205\010d\235\004\264@6\014dro\323p_\360A\263\010l\371@en\277_alone\005\017u\373io \took_f\273or\362\010rea\235`e\271w\205)\336\205\001_by\032\ti\177ng_self\254(\377set_queu\373ed\301(unwatOch_nD\013\253a_\211\207\002\300\355(\026\021\221b\222G\203%\244Gec}h\307\010filen\327\010\216\265\002all\324G\n\005\306$I\377nterrupt\177NoSuchV\220\210\002\377Protocol\276\235b__Pyx\001\000D\377ict_Next\237Ref__\263\206\004\242`_\377_doc____\271eG\001\004\002xit\r\001f{un\024\002iter\035\001\357main\003\002odu\321l5\002\236\206\0017\001p_\000vt<\201\206\001E\001qual\022\005\203\204\005\355_\353 t_(\005tesD^\001\215\204\005_\320\206\001\312\211\003\314c_\351kU_\342h_\331g_\312l_\306f\367_is\343\206\001outi\307ne_\306i\005\005\305`_l\212\267d""_\253f_\243d\002\003\234a_\252\214g_\200i_\370G_\230ga\377ddanswer\367any\000\000thin\377gasyncio\357.cor\212\003sau3to\260\206\001\263\206\002cl\237\001\326 \377tracebac\321k\304\207\002\310\207\003\301@l\312\211\001on\367sco\347@xtli\337bdone\313\205\005du\231p\275a\266Bed\343\210\003\236\214\004s\373fd\310cgentl\377egetitem\361s\216\211\004\224\211\005\211\211\002limi?tmadem\325B\364\211\001\377dtuplenaonosex\000ds\220\210\003\377oldosout\237erown\251\212\001\254\212\002p\273op\263\205\003reg\272\206\001r\177srelayrM\000\203ve\333\214\001\277\204\005\256\204\014\365\214\002\223 n\373ds\210\206\001setde\377faultsig\367nal\000\003lers\367lee\332\213\001spin\177stopped\004\000\277resupp\003\000sotake\300\211\004ur\353\001?values\234\216\003\241\216\004\370\333\213\002\313\216\001\230\216\001(PyOb\336\211\215\001 *)\000\014\002in7t)\000\002\006, \013\002\022\005\375,\321\215\001uct ep7oll\362\206\003 * \002%\002\35764_tA\004str\366%\001__\217\205\001obj_\3757\377\213\004_6nati\337ve_11\233\211\007s_AS\345\002\341\000I\004\212\002L\001 \224\r\370\017\003\243\002*8(void\333)\000\256!n\000\307\215\001on\377e_if_roo\377m\000fail_w\277ith\000is\330\210\003fcd\000\356\003\376\"(\006no\254\215\001\337\000dead\272\204\002of\376M\002_count\000\177shared_\266F\340\355\"t\001\255$\251#\217\212\003ell\347int\337\017\347A_of\377\200A\200A\330\010\016\210\375a\001\003i\220q\330\014\020\377\220\001\220\024\220Q\220e\373\2301\032\00012\360\n\000\357\t\r\210K\030\000\010\014\210\377J\220a\330\010\013\2104\277\210w\220g\230Q)\001\006\377\220d\230!\2304\230|\365\250,\000\340\027\002}\230A\230\377Q\230d\240!\330\014\r\377\330\010\t\330\014\017\210q\377\330\020\024\220G\2307\240\277!\2401\340\020\032-\002w\177\240d\250!\2501\340o\000\353\006\220\177\000\340]\000F\220!\373\2208K\000q\200A\340\010\377\035\230T\240\026\240t\250\3731\250\242\000\017\210x\220v\377\230S\240\n\250)\2601}\260\265\000\360\006\000\t\014\207\000\376]\016\020\220\016\230a\330\014\177\030\230\001\230\021\230$\007""\001\277\020\220\r\230Q\340\204\000v\317\220S\230\003[\001\213\001E\230\337\027\240\001\240\021\226\001N\240;!\340\236\000H\230A\205\006[\001\377\r\210I\220T\230\026\230\373w\240M\000\017\210v\220W\377\230D\240\001\330\021\032\230\347&\240\006\021\000\254\002&\230\001\353\200A\211\001\036\246\006F\260!\376\242!6\220\027\230\001\330\014o\021\220\026\220\315\000\360\010\252\003\356\266!U\240$\372\000)\2603\375\260T\002t\2204\220x\230\377t\2406\250\023\250C\250\367t\2601\252!F\230\047\2409\021%\000\356 \014\210LF\000\371#\274i\000\214BM\230\021\330\216@O\273\2301\003\001N\230!\202\000\014\256\246AI\220Q\215\000\016\261ADs\220\005\306@<\002G\2201\016\005\\\341 \300A9\220A\330\002s\244A\317\020\320\020 \327\000\330@6\220\277\023\220A\330\014\023\220\000y\247\240\002\240\302\004\013\006w\324A\240\3731\330\034\013|\2404\240~\223\260Q\215\001\225\000\230\373\000\253Aq\377\230\004\230F\240&\250\001\273\250\021\214\003\"\240\031\357@4\377\250q\330\010\032\230%\230\365qn\001\014\327a\230\010\320 \2731\260\314\002D\220\004\226\000Q\356\321r8\2408\342a\360\020\000\031\t\343\047\246`\013\210\257\004\340a\215 \337\021\220\025\220a\253\204\003K\220\377q\230\010\240\007\240q\250\277\010\260\t\270\021\270\226@\r\337\210T\220\021\220\237@\014\210\304\351c\226!\030\341\204\001\225\"\253\204\002t\220\3777\230#\230Q\330\020\030\313\230\005\003\001\025\205`\311aj\250\377\002\250\047\260\023\260A\330\375\020\013\005g\240T\250\021\250/$\250c\260\306bI\223\205\001\272!\375v\357a\020\220\006\220a\320\377\004\035\230^\2501\360 \177\000\t\020\210t\220=\363`\377\024\240X\250Q\250g\260\017Q\320\004\"\371`\364\204\003\247\205\002\363#\335\001\247 #\250Q\225\205\004\320\004\277$\240N\260!\340\263 $\377\230h\240a\240w\250a\357\330\010\034\230\366\0024\210{\274\246a\255C}\240A\240\204@\024\277\220D\230\006\230a\370\205\002\020\177\220\010\230\001\330\020\023u\000\177\002\240*\250E\260\025\362`\323\024\033\206\206\003\230\206\001z\204\205\001\330\020\375\031\212\205\002\022\240:\250U\260\377%\260t""\2704\270x\300\355q\217\205\004\330\024\243\000\2407\250\177*\260E\270\025\270a\257\206\001\376Q\001\021\033\230:\240U\250\337%\250u\260F\326!\017\210\377s\220!\2201\320\004+\377\250=\270\r\300^\320S\377^\320^_\360,\000\t\377%\240A\330\010\035\230]~\270\"J\270a\330\010\033\265\204\001\364\300\000\023\001Q\306\206\0037\220#\220\337Q\330\014\025\220\371B8\220\3673\220a\201\204\005\001\240\026\240\273q\340\222\204\001\320\027(\316`\026~\301`\014\035\230Q\230k\371 \377)\2602\260S\270\004\270\367I\300Q\350\207\001t\2201\330\357\025\037\230y\364a\330\024\032\273\230)\253\204\001\016\210h\220`t\276\252\205\001\016\210m\2308\277\204\001\t\373\330\014\241%\020\021\330\020\037\237\230t\240=\260\250 \266\207\001\032\377\2404\240}\260H\270A\377\270T\300\021\330\020\026\220=b\301!\021\330\020\027\316`\314 \367\021\220\021\315\207\001x\220s\230i!\020\002\265\211\001\007\030\001\230\021\300\211\001;\005\220\330@7\260q\300\210\003\363\204\001\3756\332\204\003J\220d\230+\240\367S\250\001\247\205\003\024\230V\240\3376\250\024\250]\272#q\320\257\004:\270!\333\204\003X\237ba<\203\210\003\372\206\004H\220A\330\373\211\t\364D\374\342b\267 \320\025\047\240q\250\375\006\233`\014\022\220%\220r\377\230\023\230J\240g\250T\377\260\022\2603\260i\270t\375\300\325\207\002J\230a\230v\240\356\271\212\002\t\230\024\301\212\003\005\220]\357\240(\250$6\001\020\220\005\313\220Y \000t\210`\336\212\002\005\220\365V\257\211\002\014\024\003k\250\027\260\177\003\2603\260b\270\001\216A\3756b\000D\240\t\250\021\250\177&\260\t\270\023\270A\267\210\003\346\223 \024\220]\n\221$W\230H\\\212`E\004a\230u\005\005V\221A\377\240G\2507\260!\2601\037\330\010\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3007, 4254);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4231 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a UIO devicea device does not know which peers exist: name the peers to ringadd_notean eventfddisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the descriptor of this vector is not the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbelldupechoenterederrorseventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldosouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitrin""gsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010""\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:""\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4254 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a UIO devicea device does not know which peers exist: name the peers to ringadd_notean eventfddisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the descriptor of this vector is not the endpoint is closedthe endpoint was closed while waitingthis endpointtimeout is not a numbervector what came for vector ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbelldupechoenterederrorseventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldosouterownpeerpeerspopqueuedregistersrelayremoveringrin""g_allring_all_nowaitringsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010""\014\210O\2301\330\010\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010""\230\001\330\021\033\230:\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 161; i++) {
+    for (int i = 0; i < 162; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 32) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -25171,8 +25370,8 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 161; i < 188; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-161].length;
+    for (int i = 162; i < 189; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-162].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -25182,14 +25381,14 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 188; i++) {
+    for (Py_ssize_t i = 0; i < 189; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 161;
+      PyObject **table = stringtab + 162;
       for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -25512,6 +25711,333 @@ end:
 }
 #endif
 
+/* FastTypeChecks (used by PyValueError_Check) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyErrFetchRestore (used by RaiseException) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -25704,123 +26230,6 @@ static int __Pyx_CheckKeywordStrings(PyObject *kw) {
 #endif
 }
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
 /* PyObjectFastCallMethod */
 #if !CYTHON_VECTORCALL
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
@@ -25843,49 +26252,6 @@ static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *
     result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
     Py_DECREF(attr);
     return result;
-}
-#endif
-
-/* FastTypeChecks (used by ExtTypeTest) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
 }
 #endif
 
@@ -26293,173 +26659,6 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
-}
-
-/* PyErrFetchRestore (used by RaiseException) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */

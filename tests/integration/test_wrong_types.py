@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import ivshmem
-from ivshmem import Directory, Listener, Region, aio, config, testing
+from ivshmem import Directory, Listener, Region, aio, channel, config, testing
 
 # What is wrong on purpose.
 FIVE: Any = 5
@@ -96,3 +97,77 @@ def test_a_hostile_peer_that_wants_more_vectors_than_there_are() -> None:
         testing.HostilePeer(server.path, vectors=5, timeout=0.05)
     with pytest.raises(OSError):
         ivshmem.connect(server.path)
+
+
+@pytest.mark.parametrize("wrong", ["1", b"1", object(), float("nan")], ids=repr)
+def test_what_is_no_time_limit_of_a_channel(wrong: Any) -> None:
+    """It is refused also where the call would not wait, and takes and sends nothing."""
+    refusal = ValueError if isinstance(wrong, float) else TypeError
+    with (
+        Region.create("4M") as region,
+        contextlib.closing(Directory.create(region, channels="2M")),
+        channel.open(region) as channels,
+    ):
+        messages, queue = (
+            channels.create_messages("a", limit=8),
+            channels.create_queue("b", limit=8),
+        )
+        value, calls = channels.create_value("c", limit=8), channels.create_calls("d", limit=8)
+        connections = channels.create_bytes("e", connections=2)
+        reader, worker, watcher = messages.reader(), queue.reader(), value.reader()
+        writer, feeder, setter = messages.writer(), queue.writer(), value.writer()
+        caller, server, listener = calls.caller(), calls.server(), connections.listen()
+        loan, two, room = writer.loan(8), [b"a", b"b"], bytearray(8)
+        rows = memoryview(bytearray(8)).cast("B", (2, 4))
+        stream, pending = connections.connect(), caller.submit(b"1")
+        served = server.take(0)
+        assert served is not None
+        served.reply(b"reply")
+        waits = caller.submit(b"2")
+        for end in writer, feeder, setter:
+            end.put(b"here")
+        takers: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+            *((end.put, (b"data",)) for end in (writer, feeder, setter)),
+            (writer.put_parts, (two,)), (writer.put_rows, (rows,)), (loan.publish, ()),
+            (caller.submit, (b"3",)), (caller.call, (b"3",)), (pending.result, ()),
+            (reader.get, ()), (reader.get_into, (room,)), (reader.get_rows, (rows,)),
+            (reader.view, ()), (worker.get, ()), (worker.get_into, (room,)), (worker.take, ()),
+            (watcher.wait_changed, ()), (server.take, ()), (server.serve, (bytes,)),
+            (listener.accept, ()), (connections.connect, ()),
+        ]  # fmt: skip
+        for call, arguments in takers:
+            with pytest.raises(refusal):
+                call(*arguments, timeout=wrong)
+            twin = getattr(call.__self__, f"{call.__name__}_async")  # type: ignore[attr-defined]
+            with pytest.raises(refusal):
+                asyncio.run(awaited(twin, *arguments, timeout=wrong))
+        with pytest.raises(refusal):
+            stream.settimeout(wrong)
+        assert [reader.get(0), reader.get(0)] == [b"here", None]
+        assert [worker.get(0), worker.get(0)] == [b"here", None]
+        assert watcher.wait_changed(0) == b"here"
+        call_of_2 = server.take(0)
+        assert call_of_2 is not None
+        assert bytes(call_of_2) == b"2"
+        assert server.take(0) is None
+        assert pending.result(0) == b"reply"
+        assert not waits.done()
+        assert listener.accept(0) is not None
+
+
+async def awaited(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return await call(*arguments, **options)
+
+
+def test_a_loan_that_is_too_long_says_its_size() -> None:
+    with (
+        Region.create("1M") as region,
+        contextlib.closing(Directory.create(region, channels="512K")),
+        channel.open(region) as channels,
+        channels.create_messages("a", limit=8).writer() as writer,
+    ):
+        for size in 9, 1 << 32, 1 << 70:
+            with pytest.raises(channel.MessageTooLong, match=f"a message of {size} bytes"):
+                writer.loan(size)
+        with pytest.raises(ValueError, match="no message has -1 bytes"):
+            writer.loan(-1)

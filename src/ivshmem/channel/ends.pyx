@@ -20,7 +20,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport INT64_MAX, int64_t
 
 from .._core cimport Doorbells
-from ..native.descriptors cimport deadline_of, Epoll, now, place_of, time_left
+from ..native.descriptors cimport check_timeout, deadline_of, Epoll, now, place_of, time_left
 from ..native.spin cimport Probe, spin_of, Spinner, Turn
 from ..native.syscalls cimport (
     epoll_event, EPOLLET, epoll_wait, ivshmem_count, ivshmem_is_only_thread, pollfd, ppoll,
@@ -238,6 +238,7 @@ cdef class ChannelEnd(Dependent):
         cdef void *what = NULL
         cdef Probe probe = NULL
         wish = 0 if spin is None else spin_of(spin)
+        check_timeout(timeout)
         self.enter()
         code = self.attempt()
         if code != IVSHMEM_AGAIN:

@@ -1937,10 +1937,10 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/membership.pyx",
+  "ivshmem/native/descriptors.pxd",
   "(tree fragment)",
   "ivshmem/channel/membership.pxd",
   "cpython/type.pxd",
-  "ivshmem/native/descriptors.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/native/spin.pxd",
@@ -2327,7 +2327,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "descriptors.pxd":86
+/* "descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2340,7 +2340,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2359,7 +2359,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2376,7 +2376,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2391,7 +2391,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2603,7 +2603,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 
 
 
-/* "descriptors.pxd":93
+/* "descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2620,7 +2620,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2635,7 +2635,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2649,7 +2649,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -3058,6 +3058,28 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
@@ -3160,22 +3182,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
     ((__Pyx_PyCFunctionFast)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs)
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
@@ -3393,9 +3399,6 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 /* ExtTypeTest.proto */
 static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
@@ -3502,9 +3505,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
-
-/* PyValueError_Check.proto */
-#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
@@ -4153,6 +4153,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t, struct timespec *); /*proto*/
@@ -4307,7 +4308,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[11];
-    PyObject *__pyx_string_tab[178];
+    PyObject *__pyx_string_tab[179];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4397,139 +4398,140 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[42]
 #define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[43]
 #define __pyx_kp_u_this_processor_may_refuse_a_comp __pyx_string_tab[44]
-#define __pyx_kp_u_which_belonged_to_place __pyx_string_tab[45]
-#define __pyx_kp_u_which_belongs_to_no_place __pyx_string_tab[46]
-#define __pyx_kp_u_which_belongs_to_place __pyx_string_tab[47]
-#define __pyx_n_u__2 __pyx_string_tab[48]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[49]
-#define __pyx_n_u_ChannelError __pyx_string_tab[50]
-#define __pyx_n_u_ClosedError __pyx_string_tab[51]
-#define __pyx_n_u_Dependent __pyx_string_tab[52]
-#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[53]
-#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[54]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[55]
-#define __pyx_n_u_Membership __pyx_string_tab[56]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[57]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[58]
-#define __pyx_n_u_Membership_close __pyx_string_tab[59]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[60]
-#define __pyx_n_u_Membership_has_foreign_places __pyx_string_tab[61]
-#define __pyx_n_u_Membership_places __pyx_string_tab[62]
-#define __pyx_n_u_Membership_run __pyx_string_tab[63]
-#define __pyx_n_u_NO_AREA __pyx_string_tab[64]
-#define __pyx_n_u_NoChannels __pyx_string_tab[65]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[66]
-#define __pyx_n_u_RegionError __pyx_string_tab[67]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[68]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[69]
-#define __pyx_n_u_annotate __pyx_string_tab[70]
-#define __pyx_n_u_dict __pyx_string_tab[71]
-#define __pyx_n_u_enter __pyx_string_tab[72]
-#define __pyx_n_u_exit __pyx_string_tab[73]
-#define __pyx_n_u_func __pyx_string_tab[74]
-#define __pyx_n_u_getstate __pyx_string_tab[75]
-#define __pyx_n_u_main __pyx_string_tab[76]
-#define __pyx_n_u_module __pyx_string_tab[77]
-#define __pyx_n_u_name_2 __pyx_string_tab[78]
-#define __pyx_n_u_new __pyx_string_tab[79]
-#define __pyx_n_u_pyx_checksum __pyx_string_tab[80]
-#define __pyx_n_u_pyx_result __pyx_string_tab[81]
-#define __pyx_n_u_pyx_state __pyx_string_tab[82]
-#define __pyx_n_u_pyx_type __pyx_string_tab[83]
-#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[84]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[85]
-#define __pyx_n_u_qualname __pyx_string_tab[86]
-#define __pyx_n_u_reduce __pyx_string_tab[87]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[88]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[89]
-#define __pyx_n_u_set_name __pyx_string_tab[90]
-#define __pyx_n_u_setstate __pyx_string_tab[91]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[92]
-#define __pyx_n_u_test __pyx_string_tab[93]
-#define __pyx_n_u_after_fork __pyx_string_tab[94]
-#define __pyx_n_u_dict_2 __pyx_string_tab[95]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[96]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[97]
-#define __pyx_n_u_after_in_child __pyx_string_tab[98]
-#define __pyx_n_u_all __pyx_string_tab[99]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[100]
-#define __pyx_n_u_at_2 __pyx_string_tab[101]
-#define __pyx_n_u_beat __pyx_string_tab[102]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[103]
-#define __pyx_n_u_close __pyx_string_tab[104]
-#define __pyx_n_u_closed __pyx_string_tab[105]
-#define __pyx_n_u_code __pyx_string_tab[106]
-#define __pyx_n_u_contextlib __pyx_string_tab[107]
-#define __pyx_n_u_count __pyx_string_tab[108]
-#define __pyx_n_u_current_id __pyx_string_tab[109]
-#define __pyx_n_u_decode __pyx_string_tab[110]
-#define __pyx_n_u_due __pyx_string_tab[111]
-#define __pyx_n_u_encode __pyx_string_tab[112]
-#define __pyx_n_u_end __pyx_string_tab[113]
-#define __pyx_n_u_endpoint __pyx_string_tab[114]
-#define __pyx_n_u_error_2 __pyx_string_tab[115]
-#define __pyx_n_u_errors __pyx_string_tab[116]
-#define __pyx_n_u_eventfds __pyx_string_tab[117]
-#define __pyx_n_u_found __pyx_string_tab[118]
-#define __pyx_n_u_free_place __pyx_string_tab[119]
-#define __pyx_n_u_get __pyx_string_tab[120]
-#define __pyx_n_u_getpid __pyx_string_tab[121]
-#define __pyx_n_u_has_foreign_places __pyx_string_tab[122]
-#define __pyx_n_u_i __pyx_string_tab[123]
-#define __pyx_n_u_identity __pyx_string_tab[124]
-#define __pyx_n_u_index __pyx_string_tab[125]
-#define __pyx_n_u_items __pyx_string_tab[126]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[127]
-#define __pyx_n_u_lease __pyx_string_tab[128]
-#define __pyx_n_u_left __pyx_string_tab[129]
-#define __pyx_n_u_limit __pyx_string_tab[130]
-#define __pyx_n_u_local __pyx_string_tab[131]
-#define __pyx_n_u_machine __pyx_string_tab[132]
-#define __pyx_n_u_mapping __pyx_string_tab[133]
-#define __pyx_n_u_memory __pyx_string_tab[134]
-#define __pyx_n_u_mute __pyx_string_tab[135]
-#define __pyx_n_u_name __pyx_string_tab[136]
-#define __pyx_n_u_next_beat __pyx_string_tab[137]
-#define __pyx_n_u_number __pyx_string_tab[138]
-#define __pyx_n_u_offset __pyx_string_tab[139]
-#define __pyx_n_u_one __pyx_string_tab[140]
-#define __pyx_n_u_os __pyx_string_tab[141]
-#define __pyx_n_u_peer __pyx_string_tab[142]
-#define __pyx_n_u_place_2 __pyx_string_tab[143]
-#define __pyx_n_u_places __pyx_string_tab[144]
-#define __pyx_n_u_plain __pyx_string_tab[145]
-#define __pyx_n_u_pop __pyx_string_tab[146]
-#define __pyx_n_u_randbits __pyx_string_tab[147]
-#define __pyx_n_u_region __pyx_string_tab[148]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[149]
-#define __pyx_n_u_replace __pyx_string_tab[150]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[151]
-#define __pyx_n_u_run __pyx_string_tab[152]
-#define __pyx_n_u_secrets __pyx_string_tab[153]
-#define __pyx_n_u_self __pyx_string_tab[154]
-#define __pyx_n_u_setdefault __pyx_string_tab[155]
-#define __pyx_n_u_signal __pyx_string_tab[156]
-#define __pyx_n_u_silent __pyx_string_tab[157]
-#define __pyx_n_u_state __pyx_string_tab[158]
-#define __pyx_n_u_suppress __pyx_string_tab[159]
-#define __pyx_n_u_text __pyx_string_tab[160]
-#define __pyx_n_u_threading __pyx_string_tab[161]
-#define __pyx_n_u_update __pyx_string_tab[162]
-#define __pyx_n_u_use_setstate __pyx_string_tab[163]
-#define __pyx_n_u_values __pyx_string_tab[164]
-#define __pyx_n_u_vector __pyx_string_tab[165]
-#define __pyx_n_u_weakref __pyx_string_tab[166]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[177]
+#define __pyx_kp_u_timeout_is_not_a_number __pyx_string_tab[45]
+#define __pyx_kp_u_which_belonged_to_place __pyx_string_tab[46]
+#define __pyx_kp_u_which_belongs_to_no_place __pyx_string_tab[47]
+#define __pyx_kp_u_which_belongs_to_place __pyx_string_tab[48]
+#define __pyx_n_u__2 __pyx_string_tab[49]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[50]
+#define __pyx_n_u_ChannelError __pyx_string_tab[51]
+#define __pyx_n_u_ClosedError __pyx_string_tab[52]
+#define __pyx_n_u_Dependent __pyx_string_tab[53]
+#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[54]
+#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[55]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[56]
+#define __pyx_n_u_Membership __pyx_string_tab[57]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[58]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[59]
+#define __pyx_n_u_Membership_close __pyx_string_tab[60]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[61]
+#define __pyx_n_u_Membership_has_foreign_places __pyx_string_tab[62]
+#define __pyx_n_u_Membership_places __pyx_string_tab[63]
+#define __pyx_n_u_Membership_run __pyx_string_tab[64]
+#define __pyx_n_u_NO_AREA __pyx_string_tab[65]
+#define __pyx_n_u_NoChannels __pyx_string_tab[66]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[67]
+#define __pyx_n_u_RegionError __pyx_string_tab[68]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[69]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[70]
+#define __pyx_n_u_annotate __pyx_string_tab[71]
+#define __pyx_n_u_dict __pyx_string_tab[72]
+#define __pyx_n_u_enter __pyx_string_tab[73]
+#define __pyx_n_u_exit __pyx_string_tab[74]
+#define __pyx_n_u_func __pyx_string_tab[75]
+#define __pyx_n_u_getstate __pyx_string_tab[76]
+#define __pyx_n_u_main __pyx_string_tab[77]
+#define __pyx_n_u_module __pyx_string_tab[78]
+#define __pyx_n_u_name_2 __pyx_string_tab[79]
+#define __pyx_n_u_new __pyx_string_tab[80]
+#define __pyx_n_u_pyx_checksum __pyx_string_tab[81]
+#define __pyx_n_u_pyx_result __pyx_string_tab[82]
+#define __pyx_n_u_pyx_state __pyx_string_tab[83]
+#define __pyx_n_u_pyx_type __pyx_string_tab[84]
+#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[85]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[86]
+#define __pyx_n_u_qualname __pyx_string_tab[87]
+#define __pyx_n_u_reduce __pyx_string_tab[88]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[89]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[90]
+#define __pyx_n_u_set_name __pyx_string_tab[91]
+#define __pyx_n_u_setstate __pyx_string_tab[92]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[93]
+#define __pyx_n_u_test __pyx_string_tab[94]
+#define __pyx_n_u_after_fork __pyx_string_tab[95]
+#define __pyx_n_u_dict_2 __pyx_string_tab[96]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[97]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[98]
+#define __pyx_n_u_after_in_child __pyx_string_tab[99]
+#define __pyx_n_u_all __pyx_string_tab[100]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[101]
+#define __pyx_n_u_at_2 __pyx_string_tab[102]
+#define __pyx_n_u_beat __pyx_string_tab[103]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[104]
+#define __pyx_n_u_close __pyx_string_tab[105]
+#define __pyx_n_u_closed __pyx_string_tab[106]
+#define __pyx_n_u_code __pyx_string_tab[107]
+#define __pyx_n_u_contextlib __pyx_string_tab[108]
+#define __pyx_n_u_count __pyx_string_tab[109]
+#define __pyx_n_u_current_id __pyx_string_tab[110]
+#define __pyx_n_u_decode __pyx_string_tab[111]
+#define __pyx_n_u_due __pyx_string_tab[112]
+#define __pyx_n_u_encode __pyx_string_tab[113]
+#define __pyx_n_u_end __pyx_string_tab[114]
+#define __pyx_n_u_endpoint __pyx_string_tab[115]
+#define __pyx_n_u_error_2 __pyx_string_tab[116]
+#define __pyx_n_u_errors __pyx_string_tab[117]
+#define __pyx_n_u_eventfds __pyx_string_tab[118]
+#define __pyx_n_u_found __pyx_string_tab[119]
+#define __pyx_n_u_free_place __pyx_string_tab[120]
+#define __pyx_n_u_get __pyx_string_tab[121]
+#define __pyx_n_u_getpid __pyx_string_tab[122]
+#define __pyx_n_u_has_foreign_places __pyx_string_tab[123]
+#define __pyx_n_u_i __pyx_string_tab[124]
+#define __pyx_n_u_identity __pyx_string_tab[125]
+#define __pyx_n_u_index __pyx_string_tab[126]
+#define __pyx_n_u_items __pyx_string_tab[127]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[128]
+#define __pyx_n_u_lease __pyx_string_tab[129]
+#define __pyx_n_u_left __pyx_string_tab[130]
+#define __pyx_n_u_limit __pyx_string_tab[131]
+#define __pyx_n_u_local __pyx_string_tab[132]
+#define __pyx_n_u_machine __pyx_string_tab[133]
+#define __pyx_n_u_mapping __pyx_string_tab[134]
+#define __pyx_n_u_memory __pyx_string_tab[135]
+#define __pyx_n_u_mute __pyx_string_tab[136]
+#define __pyx_n_u_name __pyx_string_tab[137]
+#define __pyx_n_u_next_beat __pyx_string_tab[138]
+#define __pyx_n_u_number __pyx_string_tab[139]
+#define __pyx_n_u_offset __pyx_string_tab[140]
+#define __pyx_n_u_one __pyx_string_tab[141]
+#define __pyx_n_u_os __pyx_string_tab[142]
+#define __pyx_n_u_peer __pyx_string_tab[143]
+#define __pyx_n_u_place_2 __pyx_string_tab[144]
+#define __pyx_n_u_places __pyx_string_tab[145]
+#define __pyx_n_u_plain __pyx_string_tab[146]
+#define __pyx_n_u_pop __pyx_string_tab[147]
+#define __pyx_n_u_randbits __pyx_string_tab[148]
+#define __pyx_n_u_region __pyx_string_tab[149]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[150]
+#define __pyx_n_u_replace __pyx_string_tab[151]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[152]
+#define __pyx_n_u_run __pyx_string_tab[153]
+#define __pyx_n_u_secrets __pyx_string_tab[154]
+#define __pyx_n_u_self __pyx_string_tab[155]
+#define __pyx_n_u_setdefault __pyx_string_tab[156]
+#define __pyx_n_u_signal __pyx_string_tab[157]
+#define __pyx_n_u_silent __pyx_string_tab[158]
+#define __pyx_n_u_state __pyx_string_tab[159]
+#define __pyx_n_u_suppress __pyx_string_tab[160]
+#define __pyx_n_u_text __pyx_string_tab[161]
+#define __pyx_n_u_threading __pyx_string_tab[162]
+#define __pyx_n_u_update __pyx_string_tab[163]
+#define __pyx_n_u_use_setstate __pyx_string_tab[164]
+#define __pyx_n_u_values __pyx_string_tab[165]
+#define __pyx_n_u_vector __pyx_string_tab[166]
+#define __pyx_n_u_weakref __pyx_string_tab[167]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_1D_wa_l_gWCr_q __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[178]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4572,7 +4574,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<11; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<178; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<179; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4620,7 +4622,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<11; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<178; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<179; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -4638,6 +4640,203 @@ return 0;
 /* "descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4647,7 +4846,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4656,7 +4855,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4669,7 +4868,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4683,7 +4882,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4700,7 +4899,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4737,7 +4936,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4750,7 +4949,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4766,7 +4965,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4778,7 +4977,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4791,7 +4990,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4800,7 +4999,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4824,7 +5023,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4833,7 +5032,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4842,7 +5041,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4855,7 +5054,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4869,7 +5068,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4884,7 +5083,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4912,7 +5111,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4925,7 +5124,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4940,7 +5139,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4949,7 +5148,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4958,7 +5157,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4967,7 +5166,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4976,7 +5175,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4985,7 +5184,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4997,7 +5196,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5010,7 +5209,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5019,7 +5218,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5031,7 +5230,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5044,7 +5243,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5053,7 +5252,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5065,7 +5264,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5078,7 +5277,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5087,7 +5286,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5099,7 +5298,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5112,7 +5311,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5122,7 +5321,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5139,7 +5338,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5153,7 +5352,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5162,7 +5361,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5188,7 +5387,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5201,7 +5400,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5210,7 +5409,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5223,7 +5422,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5237,7 +5436,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5248,7 +5447,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5261,7 +5460,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5274,7 +5473,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5285,7 +5484,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5298,7 +5497,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5594,7 +5793,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cyt
  *     if _dict is not None and _dict:
  *         state += (_dict,)
 */
-        __pyx_t_2 = __Pyx_GetAttr3(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_dict, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 7, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_GetAttr3(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_dict, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 7, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v__dict = __pyx_t_2;
         __pyx_t_2 = 0;
@@ -5637,7 +5836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cyt
 
     goto __pyx_L7_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v__dict); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(1, 8, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v__dict); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(2, 8, __pyx_L1_error)
 
   __pyx_t_3 = __pyx_t_4;
 
@@ -5652,12 +5851,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cyt
  *         use_setstate = True
  *     else:
 */
-    __pyx_t_1 = PyTuple_New(1); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(1); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_INCREF(__pyx_v__dict);
     __Pyx_GIVEREF(__pyx_v__dict);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v__dict) != (0)) __PYX_ERR(1, 9, __pyx_L1_error);
-    __pyx_t_2 = PyNumber_InPlaceAdd(__pyx_v_state, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 9, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v__dict) != (0)) __PYX_ERR(2, 9, __pyx_L1_error);
+    __pyx_t_2 = PyNumber_InPlaceAdd(__pyx_v_state, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 9, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF_SET(__pyx_v_state, ((PyObject*)__pyx_t_2));
@@ -5710,28 +5909,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cyt
  *     else:
  *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 14, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 14, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 14, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 14, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
     __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_238750788);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_238750788);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
     __Pyx_INCREF(Py_None);
     __Pyx_GIVEREF(Py_None);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, Py_None) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __pyx_t_5 = PyTuple_New(3); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 14, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, Py_None) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
+    __pyx_t_5 = PyTuple_New(3); if (unlikely(!__pyx_t_5)) __PYX_ERR(2, 14, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_2) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_2) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_1);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_1) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_state);
     __Pyx_GIVEREF(__pyx_v_state);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 2, __pyx_v_state) != (0)) __PYX_ERR(2, 14, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_1 = 0;
     {
@@ -5762,25 +5961,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cyt
  *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
 */
   /*else*/ {
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 16, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_5)) __PYX_ERR(2, 16, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 16, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 16, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
     __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(2, 16, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_238750788);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_238750788);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(2, 16, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_state);
     __Pyx_GIVEREF(__pyx_v_state);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 16, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_state) != (0)) __PYX_ERR(2, 16, __pyx_L1_error);
+    __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 16, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_GIVEREF(__pyx_t_5);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_t_5) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_t_5) != (0)) __PYX_ERR(2, 16, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_1);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_t_1) != (0)) __PYX_ERR(2, 16, __pyx_L1_error);
     __pyx_t_5 = 0;
     __pyx_t_1 = 0;
     {
@@ -5864,32 +6063,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 17, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 17, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 17, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 17, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 17, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 17, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 17, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 17, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 17, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 17, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5927,12 +6126,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_
 */
   __pyx_t_1 = __pyx_v___pyx_state;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(PyTuple_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("tuple", __pyx_t_1))) __PYX_ERR(1, 18, __pyx_L1_error)
+  if (!(likely(PyTuple_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("tuple", __pyx_t_1))) __PYX_ERR(2, 18, __pyx_L1_error)
   if (unlikely(__pyx_t_1 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
-    __PYX_ERR(1, 18, __pyx_L1_error)
+    __PYX_ERR(2, 18, __pyx_L1_error)
   }
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 18, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -14754,7 +14953,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 36, __pyx_L4_error)
+        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(3, 36, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -14928,7 +15127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__reduce
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -14992,32 +15191,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15052,7 +15251,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_16__setsta
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -15120,46 +15319,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_type,&__pyx_mstate_global->__pyx_n_u_pyx_checksum,&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 4, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 4, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(2, 4, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(2, 4, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 4, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__pyx_unpickle_Dependent", 0) < (0)) __PYX_ERR(1, 4, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__pyx_unpickle_Dependent", 0) < (0)) __PYX_ERR(2, 4, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, i); __PYX_ERR(1, 4, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, i); __PYX_ERR(2, 4, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 4, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(2, 4, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(2, 4, __pyx_L3_error)
     }
     __pyx_v___pyx_type = values[0];
-    __pyx_v___pyx_checksum = __Pyx_PyLong_As_long(values[1]); if (unlikely((__pyx_v___pyx_checksum == (long)-1) && PyErr_Occurred())) __PYX_ERR(1, 4, __pyx_L3_error)
+    __pyx_v___pyx_checksum = __Pyx_PyLong_As_long(values[1]); if (unlikely((__pyx_v___pyx_checksum == (long)-1) && PyErr_Occurred())) __PYX_ERR(2, 4, __pyx_L3_error)
     __pyx_v___pyx_state = ((PyObject*)values[2]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, __pyx_nargs); __PYX_ERR(1, 4, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, __pyx_nargs); __PYX_ERR(2, 4, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15170,7 +15369,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v___pyx_state), (&PyTuple_Type), 1, "__pyx_state", 1))) __PYX_ERR(1, 4, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v___pyx_state), (&PyTuple_Type), 1, "__pyx_state", 1))) __PYX_ERR(2, 4, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent(__pyx_self, __pyx_v___pyx_type, __pyx_v___pyx_checksum, __pyx_v___pyx_state);
 
   /* function exit code */
@@ -15212,7 +15411,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Depende
  *     __pyx_result = Dependent.__new__(__pyx_type)
  *     if __pyx_state is not None:
 */
-  __pyx_t_1 = __Pyx_CheckUnpickleChecksum(__pyx_v___pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, __pyx_k__2); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(1, 6, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_CheckUnpickleChecksum(__pyx_v___pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, __pyx_k__2); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(2, 6, __pyx_L1_error)
 
 
   /* "(tree fragment)":7
@@ -15229,7 +15428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Depende
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v___pyx_type};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_new, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 7, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 7, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __pyx_v___pyx_result = __pyx_t_2;
@@ -15255,9 +15454,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Depende
 */
     if (unlikely(__pyx_v___pyx_state == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
-      __PYX_ERR(1, 9, __pyx_L1_error)
+      __PYX_ERR(2, 9, __pyx_L1_error)
     }
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v___pyx_result), __pyx_v___pyx_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 9, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v___pyx_result), __pyx_v___pyx_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 9, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
@@ -15330,7 +15529,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent
  * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):
  *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 0)             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_UpdateUnpickledDict(((PyObject *)__pyx_v___pyx_result), __pyx_v___pyx_state, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(1, 12, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_UpdateUnpickledDict(((PyObject *)__pyx_v___pyx_result), __pyx_v___pyx_state, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(2, 12, __pyx_L1_error)
 
 
   /* "(tree fragment)":11
@@ -15979,7 +16178,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -15989,9 +16188,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(4, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -16001,7 +16200,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(1, 101, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -16010,8 +16209,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(1, 108, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(1, 108, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -16020,8 +16219,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(1, 132, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(1, 132, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -16030,8 +16229,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(1, 142, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(1, 142, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -16040,8 +16239,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(1, 149, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(1, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -16705,12 +16904,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     cdef tuple state
  *     cdef object _dict
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":17
@@ -16719,12 +16918,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 17, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 17, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 17, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":328
@@ -16807,12 +17006,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -16821,12 +17020,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":4
@@ -16836,12 +17035,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     cdef object __pyx_result
  *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 4, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 4, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, __pyx_t_2) < (0)) __PYX_ERR(1, 4, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, __pyx_t_2) < (0)) __PYX_ERR(2, 4, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":1
@@ -17000,41 +17199,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{12},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{47},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{29},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{18},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{12},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{47},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{23},{24},{25},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{29},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{18},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{179},{276},{164},{286},{90}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2130 bytes) */
-static const char cstring[] = "x\332\215V\317s\023\311\025FY\203\005\230`\255\r8\201d\333\013\213m\260\275Qp\0011P\033\255\355\0056Y/\002W\261I%5\264fZVG\243ii\272G\262\252\222\nG\037\3478\3079\316QG\035u\344\250\343\034\375\047\354\237\220\257{$Y\340\034\326\0053=\375~\364{\337\373\336k\221\325\246/l&%!T\021\"\252\204\267e\255\301\032\226]\243\236\307\334\315\032i\272\024\032Z\246j\214P\237Q\375 \212\326\231\367\204\274\033\031\220\221\001\341^U\274#.\227Jj\203\006\351PI|\326\020m\346\334>ZU>c\244\352\323\303\006\363\324\332\332\3326\221\242\301\3108\014UC\0346\365H\307\347\n\207\010s(\374\013\277Kj\360$\233\202\273\314!\\\255\223u\302%\341\215\246\220\222W\\FV7\267\311\366i\224Z\375\233}\341\261}\241]i\317;]U\023\2366s\230\313+\314\247\212\271]\"\225\317m\305|\255\344\221W{\2576\266\036o\021\3529\010\374_\314F&2\250\330.\2252\003\242\022pWq\217\250n\223\311M\362\262J\272\" \036C\\\210\270\t\275i\003\004\344\021\311\224\211l\005(\tE\025\027\236\005s\356\035\256\020\207\3738\204\267M\276\337QW\262MJ\252\302\257\303\237]\343\256C\032\264K\204\207HmWHF::\027\256L\206\010g\004\275\244\244#|\207:\216\205#\030u]\244 p\250?\201\267\352\233\030\021\207\251jVT\2401\222\303+<\324\307\245t\270\244\300\225y\346\351\373\302\047\2076\227\331\2673*\374\346\230)\343o\243(\307_\212\035\251\321\372\353\221\346\327X\003zY\343\315\315f\367\310\023(F\225\006\256\"\226\3453\047\260\231e\021\0470hx\302\333@q\332\234\272\220\332\334\343\312\262\262\330u\026\372\3778{\303J\203\217\243\267}v\010\214\rD8\301\027\242\241!\235ho\003\323:\323 V\272\247$\226\314G\02566&>\337\274\374\373\336\273u\002C\250\355\232:\201\211\2336\370\245\330\352X\355\231V[\233:\025\220\236\211\004{\r\332l\002\177\035\007\0348(\276\251\352/R\332\326id\231\353\376\250\260\254\230\247\266+\362c(P[J\332\300Y\3735\354\347\032\nE\352\236\350\000\030\346\263\351\332\303<\363N\033\002G~\204\254nas\332\272\206A\257\262\032\254\256\215\220\241 \177\047C\317\047\346\270q\323\302\202\3314\220\006j\355G\242}=\265MD\223y\237\324\357\220ro:$\370\326\304\367YU""\333Sb\213F\023\231m\260#ms\010\227\036v\017\003&\325J\206\233\001+\033T\016ks\233\255\243W\270]#\255\200A\315\264\264\215\306\220\246Y\267\263\236\242\223\366\030\231\326\204\314\206\220\236qH\027\324\341*\363Sa.\320\031\365\271\201kz_f\224\315$g\004\231\376N\226\356\216\360\375\240\251F_{\272gv\014c\314r\227\001\035\0078M\026\233\223\336\260\315\014\263\254i\021\246\213\304P9\025\276\314\010m\234\3750i\267\323\325Yw\037\311\316\370\233\222\032bO}\237\322aj\023mg\201\301\214\037z\231LN\t\317l\370\201\267\377\243Uz\275W\332\027#D\344\276x\351a$k\220\344kCp\223\314[F\353\177a\335]\314klQ\277kY\257\272G\370\257w\254}L\233\327\254jY\243)\213IbY\216\226\340\217i\177fq\304\315F5\360l\375>\034g\213\277\0068h\336\302\t\\\263\343\321F\366f\035\375\302\304\302\345\310\354\272\014\032\331\227\317$\206W\266\036\371\321K}9d\253\300kr\273\016o\223\222e\373m\245\007\251v\332\n\250;>g<\002\317Th\262\301\216\364\007j4\211MNep\246v\226\245\320!x\321\252\006@_,\031&\216\020>\370\351\342\272\350P@\302\245e\013_\004\270\332X\246\013,\314\005\204\226\241\262\353\331\\lN4p[T0\005m\027k\255\250|T\265B\355\272!H6\376l\3410[x\372\022\300uk\213\300Sv\340\373\032\001\356h\221\203\214p\301\350\205A\306\301\365n\312\016\356\230{\204\265\241\\ud\025\266\316)\325P2\374kr\347,\3218\327\010s\325\345p\210J\263\206\374\364\252:\275\200\\F%sY\025\3415\270r\005\206C\203\"e\217\215\306I6\305\032\201b\032k\017\211X:k/\320\036D\265\n\264\361\013C\310&.Hs~\026\004\236\334k\212\246\217\211S\341Jf#Z?\245\306\225*S\006?\323\366q\216E\047u@7\000?Lg\374zp\365\001\243\353Q\"G\37480\363\323TX\006\315&\310\0475\274\2526\272,\202\246\003\021\006\346\204\010m\352b\366\265\315\325\325A\373`\236\002c\262\332\026\334!\367\360#\312S\017\267,\265v\316\304\241\t\361>\227\316\234Og>\017\227\365\352\322\361\375\260\254\027+q+\271\220\320\367\271\223\231/\242\326\220\374\241w\271\377dP\037\226_\2473\013\341\237\242\027q).\2473\263\357\377\035>\212\226\323\374\375\244\230\374\265\377\353\001Mg.\037\027\337\347~\316\237\273tS""\013\346\303\234~\314\206\255\350B\344&\313\332\246}\3746\334\213\026\243r\232\307\271i\376F\330:\321\017-k\245\371\253\303\253\367\222;\tM:\275\372\340\306\207\334\311\307;\205\367\245\223\374\335\230\306*y\324\373\252\327\302Q\027\257\034\177\247\035\315\035\357\205\327B\032\252\350Q\374U\334J\347\256\205\377\210\013\361\352\360\336v\177\271_\354\357\016f\007\235\0174\235\273\036\272\361r:\2774\\ZMrI\001\276\017{o\373;}\177P8\231+\204\277A\344\346\265\001\030r\351\334\225t\376wQ9\252\305vRH\347\027\303\037\264\323\344vR\036\177\254%\017\022\247\267\3227\322\335h&\372\036\361\265N\346uR\371\253\307\255OC\2764\t\331\340s&\356\302\260\260\014\267\313\361V\334Ah\345I&\000p\356\352\361\177\242R\364S\374&\371\025b\370\0472{<x\000\344\347\013\351\334B\3704j\305\371\344\263\344\217\210\356\377\244\002\300\303\207\321B\364<.\246s\277\217ht\024\313\344\313\341\372\237\007\027\340\002\366\317\342\\|=\366\207kO\372\017\372T\333\336\210r\332\367\374\265\020\371\336\212v\343K\311r\362\264\327\312@\251\306\337\3068{)\272\024o$\255\336\205\236\335_\350\177\013K#E\305\223\307\275\007\275J?\247\241y\036\025\365\311\047\031&?_\230\300p\371\370a\270\000\344f\243 .\351(\357\231\024\313\303\273OFu\013>\224\264\332\326\361\0210\205\302}x\247i\276\020\336\002\217\346\256\034\037 \316\363\321\337\206w\037\366h\257\325\237\351?\037<\372\260|\002\223gQ.Z\212\027\020\247\235,\0167\276\351\267\306\372\263Q\047\246\047H\272\230\346o\"\264Rt\020\027t9LLY\214`\327\2270.\351\232\315\341x\215}9r@\037\320\302\304\275\024\025\242;\021\217}\020\311\244\262\r\240\362\027u\220wB\007\370\033\032\\\273\236.\336\212J\351\342\r\224y;>H\026Q\240\245\333q1~\016\362\330\275\317{E-\013\214{\026?\2109\320\234E&\263\375\366\340\365\240\225.\335A\317\275I\316\047\345\204\246\213\277\215nGo\342\317\342b\346p+R\361\263^\256W\350\335\351\325\372\225AN\253\357\350\322&\273=|\3344\032\217\223bz\353v\374\024\236s\275E\320j\351V\364#\366\346\027\302-8\201\257\245\3502\"*\235:-j\235\227q\371dD\273,u\224\362ET\002:s\347.""\0264\203ua:\241\215\246>\210\027\343\237\222\003\270?\350/\r@I\335\374:\343\262&\021\374\266Q/ \362_\260\306\000\002\270_\204\245\014JM5M\321\377\001\270F\257\023";
-    PyObject *data = __Pyx_DecompressString(cstring, 2130, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2139 bytes) */
+static const char cstring[] = "x\332\215V\317s\023\311\025FY\203\005\230`\255\r8\201d\333\013\213m\260\275Qp\0011P\033\255\355\0056Y/\002W\261I%5\264fZVG\243ii\272G\262\252\222\nG\037\3478\3079\316QG\035u\344\250\343\034\375\047\354\237\220\257{$Y\340\034\326\0053=\375~\364{\337\373\336k\221\325\246/l&%!T\021\"\252\204\267e\255\301\032\226]\243\236\307\334\315\032i\272\024\032Z\246j\214P\237Q\375 \212\326\231\367\204\274\033\031\220\221\001\341^U\274#.\227Jj\203\006\351PI|\326\020m\346\334>ZU>c\244\352\323\303\006\363\324\332\332\3326\221\242\301\3108\014UC\0346\365H\307\347\n\207\010s(\374\013\277Kj\360$\233\202\273\314!\\\255\223u\302%\341\215\246\220\222W\\FV7\267\311\366i\224Z\375\233}\341\261}\241]i\317;]U\023\2366s\230\313+\314\247\212\271]\"\225\317m\305|\255\344\221W{\2576\266\036o\021\3529\010\374_\314F&2\250\330.\2252\003\242\022pWq\217\250n\223\311M\362\262J\272\" \036C\\\210\270\t\275i\003\004\344\021\311\224\211l\005(\tE\025\027\236\005s\356\035\256\020\207\3738\204\267M\276\337QW\262MJ\252\302\257\303\237]\343\256C\032\264K\204\207HmWHF::\027\256L\206\010g\004\275\244\244#|\207:\216\205#\030u]\244 p\250?\201\267\352\233\030\021\207\251jVT\2401\222\303+<\324\307\245t\270\244\300\225y\346\351\373\302\047\2076\227\331\2673*\374\346\230)\343o\243(\307_\212\035\251\321\372\353\221\346\327X\003zY\343\315\315f\367\310\023(F\225\006\256\"\226\3453\047\260\231e\021\0470hx\302\333@q\332\234\272\220\332\334\343\312\262\262\330u\026\372\3778{\303J\203\217\243\267}v\010\214\rD8\301\027\242\241!\235ho\003\323:\323 V\272\247$\226\314G\02566&>\337\274\374\373\336\273u\002C\250\355\232:\201\211\2336\370\245\330\352X\355\231V[\233:\025\220\236\211\004{\r\332l\002\177\035\007\0348(\276\251\352/R\332\326id\231\353\376\250\260\254\230\247\266+\362c(P[J\332\300Y\3735\354\347\032\nE\352\236\350\000\030\346\263\351\332\303<\363N\033\002G~\204\254nas\332\272\206A\257\262\032\254\256\215\220\241 \177\047C\317\047\346\270q\323\302\202\3314\220\006j\355G\242}=\265MD\223y\237\324\357\220ro:$\370\326\304\367YU""\333Sb\213F\023\231m\260#ms\010\227\036v\017\003&\325J\206\233\001+\033T\016ks\233\255\243W\270]#\255\200A\315\264\264\215\306\220\246Y\267\263\236\242\223\366\030\231\326\204\314\206\220\236qH\027\324\341J\361\006\023\301\004Dd\034h\026g\356+\314\005h\243\3667(N\357\313\214\311\231\344\214 \323\337\311P\330\021\276\0374\325\350kO\267\322\216!\222Y\3562\200\346\000\276\311bs\3222\266\031m\2265-\302\320\221\2305\247\302\227\031\317\215\263\037&]x\272:\353\356#\331\031\177SR\303\367\251\357S\226Lm\242\033-\020\233\361C/\223\311)\341\231\r?\360\366\177\264J\257\367J\373b\204\210\334\027/=Lj\r\222|mxo\222y\313h\375/\254\273\2131\216-\352w-\353U\367\010\377\365\216\265\217!\364\232U-k4|1`,\313\321\022\3741\355\317,\216\270\331\250\006\236\255\337\207\343l\361\327\0005\315[8\201kv<\332\310\336\254\243_\030d\2703\231]\227A#\373\362\231\304L\313\326#?z\251\357\214l\025xMn\327\341mR\262l\277\255\364|\325N[\001u\307\347\214\047\343\231\nM6\330\221\376@\215&\261\311\251\014\316\324\316\262\024\032\007/Z\325\000\350\373&\303\304\021\302\007?]\334\"\035\nH\270\264l\341\203\373\334c\231.\2600\367\022:\211\312\256gs\2619\321\300%R\301p\264]\254\265\242\362Q\325\n\265\353\206 \331T\264\205\303l\341\351\273\001\267\260-\002O\331\201\357k\004\270\243E\0162\302\275\243\027\006\031\007\267\276);\270c\256\027\326\206r\325\221U\330:\247TC\311\360\257\311\235\263D\343\\#\314U\227\303!*\315\032\362\323\033\354\364^r\031\225\314eU\204\327\340\312\025\230\031\r\212\224=6\2322\331pk\004\212i\254=$b\351\254\263\231 \252U\240\215\037\036B6qo\232\363\263 \360\344^S4}\014\242\nW2\233\334\372)5\256T\2312\370\231\266\217s,:\251\003\272\001\370ah\343G\205\253\017\030\335\232\0229\3427\203\031\253\246\3022h6A>\251\341U\265\321\035\0224\035\2100G\047DhS\027#\261mn\264\016\332\007c\026\030\223\325\266\340\016\271\207\337V\236z\270e\251\265s&\016M\210\367\271t\346|:\363y\270\254W\227\216\357\207e\275X\211[\311\205\204\276\317\235\314|\021\265\206\344\017\275\313\375\047\203\372\260\374:\235Y\010\377""\024\275\210Kq9\235\231}\377\357\360Q\264\234\346\357\047\305\344\257\375_\017h:s\371\270\370>\367s\376\334\245\233Z0\037\346\364c6lE\027\"7Y\3266\355\343\267\341^\264\030\225\323<\316M\3637\302\326\211~hY+\315_\035^\275\227\334Ih\322\351\325\0077>\344N>\336)\274/\235\344\357\3064V\311\243\336W\275\026\216\272x\345\370;\355h\356x/\274\026\322PE\217\342\257\342V:w-\374G\\\210W\207\367\266\373\313\375b\177w0;\350|\240\351\334\365\320\215\227\323\371\245\341\322j\222K\n\360}\330{\333\337\351\373\203\302\311\\!\374\r\"7\257\r\300\220K\347\256\244\363\277\213\312Q-\266\223B:\277\030\376\240\235&\267\223\362\370c-y\2208\275\225\276\221\356F3\321\367\210\257u2\257\223\312_=n}\032\362\245I\310\006\2373q\027\206\205e\270]\216\267\342\016B+O2\001\200sW\217\377\023\225\242\237\3427\311\257\020\303?\221\331\343\301\003 ?_H\347\026\302\247Q+\316\047\237%\177Dt\377\047\025\000\036>\214\026\242\347q1\235\373}D\243\243X&_\016\327\377<\270\000\027\260\177\026\347\342\353\261?\\{\322\177\320\247\332\366F\224\323\276\347\257\205\310\367V\264\033_J\226\223\247\275V\006J5\3766\306\331K\321\245x#i\365.\364\354\376B\377[X\032)*\236<\356=\350U\3729\r\315\363\250\250O>\3110\371\371\302\004\206\313\307\017\303\005 7\033\005qIGy\317\244X\036\336}2\252[\360\241\244\325\266\216\217\200)\024\356\303;M\363\205\360\026x4w\345\370\000q\236\217\3766\274\373\260G{\255\376L\377\371\340\321\207\345\023\230<\213r\321R\274\2008\355dq\270\361M\2775\326\237\215:1=A\322\3054\177\023\241\225\242\203\270\240\313ab\312b\004\273\276\204qI\327l\016\307k\354\313\221\003\372\200\026&\356\245\250\020\335\211x\354\203H&\225m\000\225\277\250\203\274\023:\300\337\320\340\332\365t\361VTJ\027o\240\314\333\361A\262\210\002-\335\216\213\361s\220\307\356}\336+jY`\334\263\370A\314\201\346,2\231\355\267\007\257\007\255t\351\016z\356Mr>)\0474]\374mt;z\023\177\026\0273\207[\221\212\237\365r\275B\357N\257\326\257\014rZ}G\2276\331\355\341\343\246\321x\234\024\323[\267\343\247\360\234\353-\202VK\267\242\037\2617\277\020n\301\t|-E""\227\021Q\351\324iQ\353\274\214\313\047#\332e\251\243\224/\242\022\320\231;w\261\240\031\254\013\323\tm4\365A\274\030\377\224\034\300\375A\177i\000J\352\346\327\031\2275\211\340\267\215z\001\221\377\2025\006\020\300\375\",ePj\252i\212\376\017S\256\267\261";
+    PyObject *data = __Pyx_DecompressString(cstring, 2139, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2817 bytes) */
-static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m wa\377s remove\377d#x(tree\377 fragmen\377t))): so\267me \177\005th\205\000c\377an write\327 to@\001 \216\000or\367y hG\000spoi\377led it, \377, is imp\377ossible ?(.: : \235\006+\001\177?NoneNoG\001~V\001Cython3\001\377delibera\377tely str\237icter\256\000x\000P\377EP-484 a\273nd\266\000jec\307\000s\377ubclasse\375s\241!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\264 n set\306\002\047\376\324 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\261@\245Dsa \377wordadd_]n\357\000all\300\000o\262@\rr\326&fr\237\002\305@\321B\317C\320\302 \377D\201`?\000k\303Edi\333sa\325 en\001\002rr\177or gcis\n\003\245d\243d.\242e\010\005e%\001s^\026\005text\315d/\315d\371/\335`\370 ship.\377pyxno de\377fault __\377reduce__\367 du\371Bnon-\336\232@vial\033\000ci\037nit__\266\003\212\204\001\216\204\001\350\366\005\221\204\002\233\"d\245\204\001regx\341 \257b_\000room\317!\266\237\204\005s:\321 ke\304` \273by\273\204\007ser\203@-\375-K\006SIZE`,\351 \367\000$\000D\243Bory\257.cre\267`(\361%=\272#\001)k\010is y\016i\275s\304@pped\203\002r\307ead\372@\321B+\013maF\020\022: \246 \260C\234\205\001b\302\205\001\334\356`\341\007\047s \376\nof\177 a vers\203!\366\323\205\002isA\000t kn\377own here\343th\362G<\000\216camoGng \315*\277\206\001\266b,\252!\354\301a\376#()\223$a n\367ew \271\"r on|\252\206\010/\000ecaus\346\"\376\207\207\001silent:\337 openX\013ag\307ain\207\t\355`\365\204\001re\375f<\001a comp\277are-ex\232\210\001g\372\273@n\340\000guest\351\047\327#\315\"f\257\207\002dev\377ice, whi?ch que$\000\316\206\002_calls\250\206\002:\316\205\003\365a\365\207\006o5\003host\271 \201\210\001\340\210\001 fr\270`i\035tB\003bel\233 \341\206\004\225\211\001\205 \014\ts\255\210\001\237E\010\016\355\205\003C\376\323\211\003Corrupt\252\007\004E\331""\205\001C\330\206\001d\006\002D\275e\233 dent\000\006.\332\223\205\006c\277\210\002__\017\tse\177tstate_\025\0059I\301\212\003S\002Mem\350\205\004\000\007\000=\017\017\n?\016/\010\376\207\002?\010\205gT\010\377has_fore\027ign\251\206\003sq\010\314\213\003\202\010\377runNO_AR\357EANo\231$sNooInte\240\"sR\307\206\002\376\240\"WeakKey\367Dic\277\211\001ary_\317_Pyx\001\000\016\001_N\377extRef__\376\337\211\004e____diKct\004\001eL\001\004\002x\302\207\001\277__func\035\001g\274\266%+\000main1\001m\357odul:\002nam\326\002\003ewJ\001pk\000ch\377ecksum__~\n\001result\006\003\360\200C\022\002\231\213\001\033\003unpicckK\000\316F3\003vt\333\211\001\036\237\001qual`\005\373\210\005\340N\366\225\211\006ex\323\001set_\362\224\005s\267\010\373N__te}s\376\001after\223A\375k\216#doorbe\377ll_nowai\377t_is_cor?outine&\003\211 \376\374\213\002allasyn\357cio.\031\006sat\277beatcl+\000_\376\262 traceba\363ck\237\214\002\203\212\003code\373co\305@xtlib\377countcur\327renj\000d\027\001de\337dueen$\001en\035d\000\000poi\362B\271`\303\213\002\377eventfds\305f9\000d\360\207\007\260@\263@pi\355d\327oii\265\205\001ity9iN\000\347@ems\233\214\r\367\213\007\377leaselef\376\234\000mitloca\237lmach\376\000\203\212\001i{ng\365\217\003mute\204a\337next_\362\001nu\376\320\205\001offseto\377neospeer\374\245\221\002\251\221\003plainp\377oprandbi\323ts\210\214\003\220\214\001s\200Aat\366\202Bre\330\221\002ring\373_a\377&runse\037crets\230\000]\001\230\215\004?signal\272\211\003\351\206\002\317supp\372`O\000xt\373th\313\213\004updat\337euse_\215\207\005va\377luesvect\377orweakre\377fint (vo\377id *, in\177t64_t)\000\203\002\376\215a\200\001\330\004\005\330\004\367\022\220!\006\001\n\210+\220\375Q\017\001\047\240q\250\006\250\377a\200\001\340\004\037\230q\377\320 0\260\013\270;\300\377k\320QR\330\004\023\220\3779\230H\240A\240Q\330\377\004\007\200|\2207\230!\377\330\010+\2501\250L\270\377\016\300a\330\004\013\2101\177\200\001\360\010\000\n\033\025\001\377\020\220\001\330\010\020\220\007\377\220q\230\006""\230l\250!\3760\001v\210W\220E\230\024\357\230Q\330\010u\000\330\010\027\347\220q\340\001\001L\001q\330\010\377\017\320\017*\250$\250a\377\250w\260k\300\027\310\001\375\340\004\013\021\200A\340\010&\377\240a\240t\2507\260%\373\260qh\000\t\r\210F\220\376\203\000\014\210E\220\025\220a\377\220t\2307\240%\240q\377\330\014\025\220\\\240\021\240\377(\320*:\270!\2701\377\270D\300\007\300w\310a\377\330\014\026\220l\240!\330\377\020\030\320\030(\250\001\250\375\021k\000g\260W\270C\270\377r\300\021\340\014\021\220\031\364\320\000\002\002-\204 \001\330\014\r\377\330\020\035\230Q\230h\240\377c\250\021\330\020\024\220M\336Q\001\250#\250Q\005\005)\250\2773\250d\260\047\270\031\002D\357\230\004\230J\235\000q\340\020l\327\000\315\000\210q\243\r\n\000\253\005\274\233\"\247\016\021\320\021!\266\000!\377\2404\240w\250g\260Q\374\301\006\276 \014\017\210}\230A\277\230X\240S\250\002\201\000]\356\327\0008\3003\367 \020\021\330\377\014\023\220<\230q\240\010\217\250\003\2502\233\000\270\020\346@\220\3776\230\023\230G\2401\330\377\014\036\230a\230x\240s\177\250\"\320,@\300\006\272@\376=\000=\240\001\240\026\240r\277\320);\2703\270\250 \021\337\220\027\230\001\330Y\000\020\025\375\220\355\000\034\230D\240\n\250\337!\250<\260q\217#f\240\367B\240a\310 \230\n\240-\377\250q\260\006\260c\270\023\343\270B7\000\256\"\357@\2508\260\3573\260b\270A\000\024\220Gc\2301v\001\317@\220!\360\006\376\006\377\013\2106\220\023\220D\230\377\007\230u\240A\330\014\022{\220*\336\002Q\320&;\261D\377u\310A\330\010\013\2104w\210x\220\326@\022\220+\216@\277a\330\010\021\220\034\305`\014\367\r\210T\245\000\005\230Y\320\377&6\260a\260q\270\004\177\270G\3007\310!\3400\000\177=\230\001\230\030\240\023\245\000\177c\250\024\320-?\270\226`~*\003\007\230w\240a\340\262 \3571\330\010\033\230\000A\230T_\240\021\330\010\014\310c\017\237\002o\010\000\t\":\000A\360\261@9\014|\000\370!Q\230d\274`\224`\376\216\0006\220\030\230\021\230$\257\230i\240r\306`!\240\001:\366\246 \010\t\302\001$\220d\230\374\345`\203a\025\026\330\024\034\230""\377A\330\024\027\220t\230:\357\240T\250\024\274`\030#\240\3671\240G\272`c\260\022\260\3651\030\001u\330@Q\230e\240\3273\240i\313 \007\307\000\007\270\377v\300R\300q\330\030$\373\240A\361@\005\250Q\250a\377\330\024\032\230#\230S\240\373\003\2400\002t\2304\230t\377\240=\260\001\260\021\260$\277\260h\270b\300\001+\001C\256\327A\250D\260\n\000\033\035\0028\177\2501\330\034#\240<\245@\367\001\260\024\324`\030\034\230O\376\021\000\020\023\2204\220t\230\216~\000\030\230\013\217\000\237\004Q\0011=\330!\000I\240Q\340\360d\365\003\377\020\024\220H\230A\200A\237\360\014\000\t\021\336\206\001\225Aw\357\220c\230\024\277 \024\240X\373\250T\\\000T\270\030\300\021\223\330\014\371\206\001\356\001Q\301a\373\000v\177\230Q\330\020\027\220\177\263`,\214\"\354 H\220\327B6\346b\372@\001!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2817, 3757);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2834 bytes) */
+static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m wa\377s remove\377d#x(tree\377 fragmen\377t))): so\267me \177\005th\205\000c\377an write\327 to@\001 \216\000or\367y hG\000spoi\377led it, \377, is imp\377ossible ?(.: : \235\006+\001\177?NoneNoG\001~V\001Cython3\001\377delibera\377tely str\237icter\256\000x\000P\377EP-484 a\273nd\266\000jec\307\000s\377ubclasse\375s\241!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\264 n set\306\002\047\376\324 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\261@\245Dsa \377wordadd_]n\357\000all\300\000o\262@\rr\326&fr\237\002\305@\321B\317C\320\302 \377D\201`?\000k\303Edi\333sa\325 en\001\002rr\177or gcis\n\003\245d\243d.\242e\010\005e%\001s^\026\005text\315d/\315d\371/\335`\370 ship.\377pyxno de\377fault __\377reduce__\367 du\371Bnon-\336\232@vial\033\000ci\037nit__\266\003\212\204\001\216\204\001\350\366\005\221\204\002\233\"d\245\204\001regx\341 \257b_\000room\317!\266\237\204\005s:\321 ke\304` \273by\273\204\007ser\203@-\375-K\006SIZE`,\351 \367\000$\000D\243Bory\257.cre\267`(\361%=\272#\001)k\010is y\016i\275s\304@pped\203\002r\307ead\372@\321B+\013maF\020\022: \246 \260C\234\205\001b\302\205\001\334\356`\341\007\047s \376\nof\177 a vers\203!\366\323\205\002isA\000t kn\377own here\343th\362G<\000\216camoGng \315*\277\206\001\266b,\252!\354\301a\376#()\223$a n\367ew \271\"r on|\252\206\010/\000ecaus\346\"\376\207\207\001silent:\337 openX\013ag\307ain\207\t\355`\365\204\001re\375f<\001a comp\277are-ex\232\210\001g\372\273@n\340\000guest\351\047\327#\315\"f\257\207\002dev\377ice, whi?ch que$\000\316\206\002_calls\250\206\002:\316\205\003\365a\365\207\006o5\003host\271 \201\210\001\340\210\001 fr\270`i\377ttimeout\371 \276$\357\000umber\216Y\003bel\262 \370\206\004\254\211\001 B\014\ts\304\210\001\266E\010\016\204\206\003C\352\211""\003\177Corrupt\007\004\325E\360\205\001C\357\206\001d\006\002De^\262 dent\000\006.\252\205\006\355c\326\210\002__\017\tset\277state_\025\005I\034\330\212\003S\002Mem\377\205\004\000\007=\017\200\017\n?\016/\010\225\210\002?\010\234gT\010h\377as_forei\213gn\300\206\003sq\010\343\213\003\202\010r\377unNO_ARE\367ANo\231$sNoI7nte\240\"sR\336\206\002\240\"\377WeakKeyD\373ic\326\211\001ary__\347Pyx\001\000\016\001_Ne\177xtRef__\366\211\004\377e____dic\245t\004\001eL\001\004\002x\331\207\001___func\035\001g\266%\336+\000main1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001?result\006\003\200C\370\022\002\260\213\001\033\003unpic1kK\000\316F3\003vt\362\211\001\237\001\017qual`\005\222\211\005\340N\254\211\006{ex\323\001set_\224\005\371s\267\010\373N__tes\276\376\001after\223Ak\376\216#doorbel\377l_nowait\377_is_coro\037utine&\003\211 \223\214\002\377allasync\367io.\031\006satb_eatcl+\000_\262 \377tracebac\371k\266\214\002\232\212\003codec\375o\305@xtlibc\377ountcurr\353enj\000d\027\001ded\357ueen$\001end\216\000\000poi\362B\271`\332\213\002e\377ventfdsf\3429\000d\207\210\007\260@\263@pid\366\327oii\265\205\001ityi\234N\000\347@ems\262\214\r\216\214\007l\177easelef\234\000\377mitlocal\317mach\376\000\232\212\001in\275g\214\220\003mute\204an\257ext_\362\001n\217\207\002o\377ffsetone?ospeer\274\221\002\300\221\003\377plainpop\377randbits\264\237\214\003\247\214\001s\200Aat\202Br\375e\357\221\002ring_a\376\377&runsecr\307ets\230\000]\001\257\215\004si\317gnal\321\211\003\351\206\002su\363pp\372`O\000xtth\376\342\213\004updateu\367se_\215\207\005valu\377esvector\377weakrefi\377nt (void\377 *, int6\2374_t)\000\203\002\215a\200\377\001\330\004\005\330\004\022\220}!\006\001\n\210+\220Q\017\001\377\047\240q\250\006\250a\200\377\001\340\004\037\230q\320 \3770\260\013\270;\300k\320\377QR\330\004\023\2209\230\377H\240A\240Q\330\004\007\377\200|\2207\230!\330\010\377+\2501\250L\270\016\300\377a\330\004\013\2101\200\001\337\360\010\000\n\033\025\001\020\220\377\001\330""\010\020\220\007\220q\277\230\006\230l\250!0\001v\377\210W\220E\230\024\230Q\373\330\010u\000\330\010\027\220q\371\340\001\001L\001q\330\010\017\320\377\017*\250$\250a\250w\177\260k\300\027\310\001\340\004\013\377\021\200A\340\010&\240a\377\240t\2507\260%\260q\276h\000\t\r\210F\220\203\000\014\377\210E\220\025\220a\220t\377\2307\240%\240q\330\014\377\025\220\\\240\021\240(\320\377*:\270!\2701\270D\377\300\007\300w\310a\330\014\377\026\220l\240!\330\020\030\177\320\030(\250\001\250\021k\000\377g\260W\270C\270r\300?\021\340\014\021\220\031\320\000\002\002\375-\204 \001\330\014\r\330\020\377\035\230Q\230h\240c\250\277\021\330\020\024\220MQ\001\250\367#\250Q\005\005)\2503\250\357d\260\047\270\031\002D\230\004;\230J\235\000q\340\020\327\000\315\000\033\210q\243\r\n\000\253\005\233\"\247\016\357\021\320\021!\266\000!\2404?\240w\250g\260Q\301\006\276 \377\014\017\210}\230A\230X\257\240S\250\002\201\000]\327\0008\373\3003\367 \020\021\330\014\023\377\220<\230q\240\010\250\003\343\2502\233\000\270\020\346@\2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\237\320,@\300\006\272@=\000=\377\240\001\240\026\240r\320)\357;\2703\270\250 \021\220\027w\230\001\330Y\000\020\025\220\355\000\377\034\230D\240\n\250!\250\367<\260q\217#f\240B\240\375a\310 \230\n\240-\250q\377\260\006\260c\270\023\270B\3707\000\256\"\357@\2508\2603\260\373b\270A\000\024\220G\2301\330v\001\317@\220!\360\006\376\006\013\210\3776\220\023\220D\230\007\230\377u\240A\330\014\022\220*\336\336\002Q\320&;\261Du\310\377A\330\010\013\2104\210x\335\220\326@\022\220+\216@a\330\357\010\021\220\034\305`\014\r\210\375T\245\000\005\230Y\320&6\377\260a\260q\270\004\270G\337\3007\310!\3400\000=\230\337\001\230\030\240\023\245\000c\250\237\024\320-?\270\226`*\003\007\337\230w\240a\340\262 1\330\373\010\033\230\000A\230T\240\021\327\330\010\014\310c\017\237\002\010\000[\t\":\000A\360\261@\014|\000\216\370!Q\230d\274`\224`\216\0006\377\220\030\230\021\230$\230i\253\240r\306`!\240\001:\246 \010=\t\302\001$\220d""\230\345`\203a\377\025\026\330\024\034\230A\330\377\024\027\220t\230:\240T\373\250\024\274`\030#\2401\240}G\272`c\260\022\2601\030\001\375u\330@Q\230e\2403\240\365i\313 \007\307\000\007\270v\300\377R\300q\330\030$\240A\376\361@\005\250Q\250a\330\024\377\032\230#\230S\240\003\240\3760\002t\2304\230t\240=\377\260\001\260\021\260$\260h\257\270b\300\001+\001C\327A\250\353D\260\n\000\033\035\0028\2501\337\330\034#\240<\245@\001\260\275\024\324`\030\034\230O\021\000\020\277\023\2204\220t\230~\000\030c\230\013\217\000\237\004Q\0011\330!\000\317I\240Q\340\360d\365\003\020\024\377\220H\230A\200A\360\014\347\000\t\021\336\206\001\225Aw\220c\373\230\024\277 \024\240X\250T\376\\\000T\270\030\300\021\330\014\344\371\206\001\356\001Q\301a\373\000v\230Q\037\330\020\027\220\177\263`\214\"\354 KH\220\327B6\346b\372@!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2834, 3780);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3757 bytes) */
-static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them was removed#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process freed the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.has_foreign_placesMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_n""ame____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidhas_foreign_placesiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\010\000\t\r\210F\220!\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\025\220\\\240\021\240(\320*:\270!\2701\270D\300\007\300w\310a\330\014\026\220l\240!\330\020\030\320\030(\250\001\250\021\250$\250g\260W\270C\270r\300\021\340\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\r\330\020\035\230Q\230h\240c\250\021\330\020\024\220M\240\021\240(\250#\250Q\330\020\024\220M\240\021\240)\2503\250d\260\047\270\021\330\020\024\220D\230\004\230J\240a\240q\340\020\027\220q\330\010\017\210q\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#""\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w""\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3780 bytes) */
+static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them was removed#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process freed the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from ittimeout is not a numberwhich belonged to place which belongs to no placewhich belongs to place ChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.has_foreign_placesMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cytho""n____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidhas_foreign_placesiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\010\000\t\r\210F\220!\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\025\220\\\240\021\240(\320*:\270!\2701\270D\300\007\300w\310a\330\014\026\220l\240!\330\020\030\320\030(\250\001\250\021\250$\250g\260W\270C\270r\300\021\340\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\r\330\020\035\230Q\230h\240c\250\021\330\020\024\220M\240\021\240(\250#\250Q\330\020\024\220M\240\021\240)\2503\250d\260\047\270\021\330\020\024\220D\230\004\230J\240a\240q\340\020\027\220q\330\010\017\210q\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A""\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220""\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 167; i++) {
+    for (int i = 0; i < 168; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 48) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 49) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17042,8 +17241,8 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 167; i < 178; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-167].length;
+    for (int i = 168; i < 179; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-168].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17053,14 +17252,14 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 178; i++) {
+    for (Py_ssize_t i = 0; i < 179; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 167;
+      PyObject **table = stringtab + 168;
       for (Py_ssize_t i=0; i<11; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -17532,6 +17731,231 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
     int64_t q = a / b;
@@ -17724,123 +18148,6 @@ static void __Pyx_RaiseArgtupleInvalid(
                  "%.200s() takes %.8s %" CYTHON_FORMAT_SSIZE_T "d positional argument%.1s (%" CYTHON_FORMAT_SSIZE_T "d given)",
                  func_name, more_or_less, num_expected,
                  (num_expected == 1) ? "" : "s", num_found);
-}
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall (used by PyObjectCallOneArg) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
-        #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
 }
 
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
@@ -18768,114 +19075,6 @@ static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
         "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
         Py_TYPE(obj), type);
     return 0;
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* PyObjectFastCallMethod */

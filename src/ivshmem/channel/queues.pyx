@@ -11,6 +11,7 @@ from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
+from ..native.descriptors cimport check_timeout
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport LARGE, ReaderEnd, take_target
@@ -84,6 +85,7 @@ cdef class ClaimingEnd(ReaderEnd):
     ) except? -2:
         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
+        check_timeout(timeout)
         self.enter()
         self.how = how
         code = ivshmem_queue_take(&self.reader, how, False, taken)

@@ -11,6 +11,7 @@ from cpython.buffer cimport PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
+from ..native.descriptors cimport check_timeout
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport check_in_place, ReaderEnd, take_target, TRIES
@@ -78,6 +79,7 @@ cdef class Reader(ReaderEnd):
         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
         cdef ivshmem_message message
+        check_timeout(timeout)
         self.enter()
         if self.take_pending():
             return self.tell_lost()

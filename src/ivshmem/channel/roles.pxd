@@ -64,7 +64,7 @@ cdef class WriterEnd(ChannelEnd):
 
     cdef int ready(self) noexcept
     cdef object blocked(self, object timeout)
-    cdef object too_long(self, uint64_t size)
+    cdef object too_long(self, object size)
     cdef int wait_again(self, object timeout) except -1
     cdef int loan_cell(self, uint32_t *cell) except -1
     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1

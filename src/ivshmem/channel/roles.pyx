@@ -20,6 +20,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
+from ..native.descriptors cimport check_timeout
 from ..native.syscalls cimport clock_gettime, timespec
 from .header cimport *
 from .ends cimport ChannelEnd, was_removed
@@ -254,6 +255,7 @@ cdef class WriterEnd(ChannelEnd):
     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:
         """Wait until a message can be published, and borrow a cell for it."""
         cdef int code
+        check_timeout(timeout)
         while True:
             code = self.ready()
             if code == IVSHMEM_AGAIN:
@@ -314,7 +316,7 @@ cdef class WriterEnd(ChannelEnd):
             raise self.fail(code)
         return 0
 
-    cdef object too_long(self, uint64_t size):
+    cdef object too_long(self, object size):
         return MessageTooLong(
             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
             f" {self.channel.record.geometry.limit}"

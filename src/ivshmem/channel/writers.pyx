@@ -14,6 +14,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from ..native.descriptors cimport check_timeout
 from .header cimport *
 from .roles cimport (
     check_in_place, flat, LARGE, microseconds, take_buffer, take_payload, WriterEnd,
@@ -122,6 +123,7 @@ cdef class Writer(WriterEnd):
         cdef uint64_t time
         cdef int code = 0
         cdef object whole
+        check_timeout(timeout)
         check_in_place(self.type, self.name)
         if self.type is not None:
             rows = self.type.encode_rows(rows)
@@ -195,15 +197,13 @@ cdef class Writer(WriterEnd):
             ChannelTypeError: pickle=True.
             ClosedError: as of all calls.
         """
-        cdef uint64_t wanted
         self.enter()
         size = self.channel.record.geometry.limit if size is None else operator.index(size)
         if size < 0:
             raise ValueError(f"no message has {size} bytes")
-        wanted = min(size, 1 << 40)
-        if wanted > self.channel.record.geometry.limit:
-            raise self.too_long(wanted)
-        return Loan(self, wanted)
+        if size > self.channel.record.geometry.limit:
+            raise self.too_long(size)
+        return Loan(self, size)
 
 
 @cython.no_gc_clear

@@ -1890,6 +1890,7 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/native/descriptors.pyx",
+  "ivshmem/native/descriptors.pxd",
   "(tree fragment)",
   "cpython/type.pxd",
 };
@@ -2099,7 +2100,7 @@ enum  {
   __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
 };
 
-/* "ivshmem/native/descriptors.pxd":86
+/* "ivshmem/native/descriptors.pxd":101
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2112,7 +2113,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":93
+/* "ivshmem/native/descriptors.pxd":108
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2131,7 +2132,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":117
+/* "ivshmem/native/descriptors.pxd":132
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2148,7 +2149,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":127
+/* "ivshmem/native/descriptors.pxd":142
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2163,7 +2164,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "ivshmem/native/descriptors.pxd":134
+/* "ivshmem/native/descriptors.pxd":149
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2177,7 +2178,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
 };
 
 
-/* "ivshmem/native/descriptors.pyx":607
+/* "ivshmem/native/descriptors.pyx":605
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2191,7 +2192,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Timer {
 
 
 
-/* "ivshmem/native/descriptors.pyx":151
+/* "ivshmem/native/descriptors.pyx":149
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2212,7 +2213,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
 
 
-/* "ivshmem/native/descriptors.pyx":322
+/* "ivshmem/native/descriptors.pyx":320
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2229,7 +2230,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
 
 
-/* "ivshmem/native/descriptors.pyx":466
+/* "ivshmem/native/descriptors.pyx":464
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2244,7 +2245,7 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabp
 static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
 
 
-/* "ivshmem/native/descriptors.pyx":519
+/* "ivshmem/native/descriptors.pyx":517
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2422,12 +2423,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, P
 /* GetBuiltinName.proto */
 static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
-/* DivInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
-
-/* ModInt[int64_t].proto */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
-
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
 
@@ -2449,6 +2444,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObj
 
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* PyOSError_Check.proto */
 #define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
@@ -3484,6 +3485,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int, struct epoll_event *, int, int64_t); /*proto*/
 static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int); /*proto*/
 static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int); /*proto*/
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int); /*proto*/
@@ -4075,6 +4077,203 @@ return 0;
 /* "ivshmem/native/descriptors.pxd":28
  * 
  * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+static CYTHON_INLINE double __pyx_f_7ivshmem_6native_11descriptors_seconds_of(PyObject *__pyx_v_timeout) {
+  double __pyx_v_seconds;
+  double __pyx_r;
+  __Pyx_RefNannyDeclarations
+  double __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("seconds_of", 0);
+
+  /* "ivshmem/native/descriptors.pxd":30
+ * cdef inline double seconds_of(object timeout) except? -1:
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout             # <<<<<<<<<<<<<<
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+*/
+  __pyx_t_1 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_1 == (double)-1) && PyErr_Occurred())) __PYX_ERR(1, 30, __pyx_L1_error)
+  __pyx_v_seconds = __pyx_t_1;
+
+  /* "ivshmem/native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  __pyx_t_2 = (__pyx_v_seconds != __pyx_v_seconds);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/native/descriptors.pxd":32
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
+ *     return seconds
+ * 
+*/
+    __pyx_t_4 = NULL;
+    __pyx_t_5 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 32, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(1, 32, __pyx_L1_error)
+
+    /* "ivshmem/native/descriptors.pxd":31
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+ *     if seconds != seconds:             # <<<<<<<<<<<<<<
+ *         raise ValueError("timeout is not a number")
+ *     return seconds
+*/
+  }
+
+  /* "ivshmem/native/descriptors.pxd":33
+ *     if seconds != seconds:
+ *         raise ValueError("timeout is not a number")
+ *     return seconds             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_seconds;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/descriptors.pxd":28
+ * 
+ * 
+ * cdef inline double seconds_of(object timeout) except? -1:             # <<<<<<<<<<<<<<
+ *     """A time limit that is not None."""
+ *     cdef double seconds = timeout
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.descriptors.seconds_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1.0;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_check_timeout(PyObject *__pyx_v_timeout) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  double __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((PyObject *)Py_TYPE(__pyx_v_timeout)) != ((PyObject *)(&PyLong_Type)));
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/native/descriptors.pxd":39
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     return 0
+ * 
+*/
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(1, 39, __pyx_L1_error)
+
+
+    /* "ivshmem/native/descriptors.pxd":38
+ * cdef inline int check_timeout(object timeout) except -1:
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns             # <<<<<<<<<<<<<<
+ *         seconds_of(timeout)
+ *     return 0
+*/
+  }
+
+  /* "ivshmem/native/descriptors.pxd":40
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+ *         seconds_of(timeout)
+ *     return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/descriptors.pxd":36
+ * 
+ * 
+ * cdef inline int check_timeout(object timeout) except -1:             # <<<<<<<<<<<<<<
+ *     """Refuse what is no time limit, also where nothing will wait."""
+ *     if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.native.descriptors.check_timeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/native/descriptors.pxd":43
+ * 
+ * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -4084,7 +4283,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":30
+  /* "ivshmem/native/descriptors.pxd":45
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4093,7 +4292,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "ivshmem/native/descriptors.pxd":31
+  /* "ivshmem/native/descriptors.pxd":46
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4106,7 +4305,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":28
+  /* "ivshmem/native/descriptors.pxd":43
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4120,7 +4319,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":34
+/* "ivshmem/native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4137,7 +4336,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pxd":36
+  /* "ivshmem/native/descriptors.pxd":51
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4174,7 +4373,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":34
+  /* "ivshmem/native/descriptors.pxd":49
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4187,7 +4386,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":39
+/* "ivshmem/native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4203,7 +4402,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "ivshmem/native/descriptors.pxd":42
+  /* "ivshmem/native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4215,7 +4414,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pxd":43
+    /* "ivshmem/native/descriptors.pxd":58
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4228,7 +4427,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pxd":42
+    /* "ivshmem/native/descriptors.pxd":57
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4237,7 +4436,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":44
+  /* "ivshmem/native/descriptors.pxd":59
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4261,7 +4460,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "ivshmem/native/descriptors.pxd":45
+  /* "ivshmem/native/descriptors.pxd":60
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4270,7 +4469,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/native/descriptors.pxd":46
+  /* "ivshmem/native/descriptors.pxd":61
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4279,7 +4478,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "ivshmem/native/descriptors.pxd":47
+  /* "ivshmem/native/descriptors.pxd":62
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4292,7 +4491,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":39
+  /* "ivshmem/native/descriptors.pxd":54
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4306,7 +4505,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":50
+/* "ivshmem/native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4321,7 +4520,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/native/descriptors.pxd":52
+  /* "ivshmem/native/descriptors.pxd":67
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4349,7 +4548,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":50
+  /* "ivshmem/native/descriptors.pxd":65
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4362,7 +4561,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":55
+/* "ivshmem/native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4377,7 +4576,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pxd":61
+  /* "ivshmem/native/descriptors.pxd":76
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4386,7 +4585,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/native/descriptors.pxd":64
+  /* "ivshmem/native/descriptors.pxd":79
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4395,7 +4594,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "ivshmem/native/descriptors.pxd":65
+  /* "ivshmem/native/descriptors.pxd":80
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4404,7 +4603,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "ivshmem/native/descriptors.pxd":66
+  /* "ivshmem/native/descriptors.pxd":81
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4413,7 +4612,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pxd":67
+    /* "ivshmem/native/descriptors.pxd":82
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4422,7 +4621,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "ivshmem/native/descriptors.pxd":68
+    /* "ivshmem/native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4434,7 +4633,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":69
+      /* "ivshmem/native/descriptors.pxd":84
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4447,7 +4646,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":68
+      /* "ivshmem/native/descriptors.pxd":83
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4456,7 +4655,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":70
+    /* "ivshmem/native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4468,7 +4667,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":71
+      /* "ivshmem/native/descriptors.pxd":86
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4481,7 +4680,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":70
+      /* "ivshmem/native/descriptors.pxd":85
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4490,7 +4689,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":72
+    /* "ivshmem/native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4502,7 +4701,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":73
+      /* "ivshmem/native/descriptors.pxd":88
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4515,7 +4714,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":72
+      /* "ivshmem/native/descriptors.pxd":87
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4524,7 +4723,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "ivshmem/native/descriptors.pxd":74
+    /* "ivshmem/native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4536,7 +4735,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/descriptors.pxd":75
+      /* "ivshmem/native/descriptors.pxd":90
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4549,7 +4748,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pxd":74
+      /* "ivshmem/native/descriptors.pxd":89
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4559,7 +4758,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "ivshmem/native/descriptors.pxd":55
+  /* "ivshmem/native/descriptors.pxd":70
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4576,7 +4775,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":78
+/* "ivshmem/native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4590,7 +4789,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pxd":80
+  /* "ivshmem/native/descriptors.pxd":95
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4599,7 +4798,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "ivshmem/native/descriptors.pxd":81
+  /* "ivshmem/native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4625,7 +4824,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pxd":82
+    /* "ivshmem/native/descriptors.pxd":97
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4638,7 +4837,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pxd":81
+    /* "ivshmem/native/descriptors.pxd":96
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4647,7 +4846,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pxd":83
+  /* "ivshmem/native/descriptors.pxd":98
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4660,7 +4859,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":78
+  /* "ivshmem/native/descriptors.pxd":93
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4674,7 +4873,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":107
+/* "ivshmem/native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4685,7 +4884,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":109
+  /* "ivshmem/native/descriptors.pxd":124
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -4698,7 +4897,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":107
+  /* "ivshmem/native/descriptors.pxd":122
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4711,7 +4910,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pxd":112
+/* "ivshmem/native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4722,7 +4921,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "ivshmem/native/descriptors.pxd":114
+  /* "ivshmem/native/descriptors.pxd":129
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -4735,7 +4934,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pxd":112
+  /* "ivshmem/native/descriptors.pxd":127
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4759,23 +4958,18 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
 static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__pyx_v_timeout) {
   double __pyx_v_seconds;
   int64_t __pyx_r;
-  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   double __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("deadline_of", 0);
 
   /* "ivshmem/native/descriptors.pyx":83
  *     """Return the monotonic nanoseconds at which `timeout` seconds end (None: never)."""
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
  *         return INT64_MAX
- *     seconds = timeout
+ *     seconds = seconds_of(timeout)
 */
   __pyx_t_1 = (__pyx_v_timeout == Py_None);
   if (__pyx_t_1) {
@@ -4785,8 +4979,8 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
  *     cdef double seconds
  *     if timeout is None:
  *         return INT64_MAX             # <<<<<<<<<<<<<<
- *     seconds = timeout
- *     if seconds != seconds:
+ *     seconds = seconds_of(timeout)
+ *     if seconds <= 0:
 */
     {
 
@@ -4799,64 +4993,23 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
  *     cdef double seconds
  *     if timeout is None:             # <<<<<<<<<<<<<<
  *         return INT64_MAX
- *     seconds = timeout
+ *     seconds = seconds_of(timeout)
 */
   }
 
   /* "ivshmem/native/descriptors.pyx":85
  *     if timeout is None:
  *         return INT64_MAX
- *     seconds = timeout             # <<<<<<<<<<<<<<
- *     if seconds != seconds:
- *         raise ValueError("timeout is not a number")
+ *     seconds = seconds_of(timeout)             # <<<<<<<<<<<<<<
+ *     if seconds <= 0:
+ *         return 0
 */
-  __pyx_t_2 = __Pyx_PyFloat_AsDouble(__pyx_v_timeout); if (unlikely((__pyx_t_2 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_seconds_of(__pyx_v_timeout); if (unlikely(__pyx_t_2 == ((double)-1.0) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L1_error)
   __pyx_v_seconds = __pyx_t_2;
 
   /* "ivshmem/native/descriptors.pyx":86
  *         return INT64_MAX
- *     seconds = timeout
- *     if seconds != seconds:             # <<<<<<<<<<<<<<
- *         raise ValueError("timeout is not a number")
- *     if seconds <= 0:
-*/
-  __pyx_t_1 = (__pyx_v_seconds != __pyx_v_seconds);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/native/descriptors.pyx":87
- *     seconds = timeout
- *     if seconds != seconds:
- *         raise ValueError("timeout is not a number")             # <<<<<<<<<<<<<<
- *     if seconds <= 0:
- *         return 0
-*/
-    __pyx_t_4 = NULL;
-    __pyx_t_5 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_timeout_is_not_a_number};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 87, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 87, __pyx_L1_error)
-
-    /* "ivshmem/native/descriptors.pyx":86
- *         return INT64_MAX
- *     seconds = timeout
- *     if seconds != seconds:             # <<<<<<<<<<<<<<
- *         raise ValueError("timeout is not a number")
- *     if seconds <= 0:
-*/
-  }
-
-  /* "ivshmem/native/descriptors.pyx":88
- *     if seconds != seconds:
- *         raise ValueError("timeout is not a number")
+ *     seconds = seconds_of(timeout)
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
  *         return 0
  *     if seconds > 1e9:  # 31 years
@@ -4866,8 +5019,8 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":89
- *         raise ValueError("timeout is not a number")
+    /* "ivshmem/native/descriptors.pyx":87
+ *     seconds = seconds_of(timeout)
  *     if seconds <= 0:
  *         return 0             # <<<<<<<<<<<<<<
  *     if seconds > 1e9:  # 31 years
@@ -4879,16 +5032,16 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":88
- *     if seconds != seconds:
- *         raise ValueError("timeout is not a number")
+    /* "ivshmem/native/descriptors.pyx":86
+ *         return INT64_MAX
+ *     seconds = seconds_of(timeout)
  *     if seconds <= 0:             # <<<<<<<<<<<<<<
  *         return 0
  *     if seconds > 1e9:  # 31 years
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":90
+  /* "ivshmem/native/descriptors.pyx":88
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4900,7 +5053,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":91
+    /* "ivshmem/native/descriptors.pyx":89
  *         return 0
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX             # <<<<<<<<<<<<<<
@@ -4913,7 +5066,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":90
+    /* "ivshmem/native/descriptors.pyx":88
  *     if seconds <= 0:
  *         return 0
  *     if seconds > 1e9:  # 31 years             # <<<<<<<<<<<<<<
@@ -4922,7 +5075,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":92
+  /* "ivshmem/native/descriptors.pyx":90
  *     if seconds > 1e9:  # 31 years
  *         return INT64_MAX
  *     return now() + <int64_t>(seconds * 1e9)             # <<<<<<<<<<<<<<
@@ -4945,18 +5098,15 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_of(PyObject *__py
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.native.descriptors.deadline_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
 
 
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":95
+/* "ivshmem/native/descriptors.pyx":93
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -4971,17 +5121,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":96
+  /* "ivshmem/native/descriptors.pyx":94
  * 
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 96, __pyx_L1_error)
+  __pyx_t_1 = PyErr_SetFromErrno(((PyObject *)(((PyTypeObject*)PyExc_OSError)))); if (unlikely(__pyx_t_1 == ((void *)NULL))) __PYX_ERR(0, 94, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":97
+  /* "ivshmem/native/descriptors.pyx":95
  * cdef int fail() except -1:
  *     PyErr_SetFromErrno(OSError)
  *     return -1             # <<<<<<<<<<<<<<
@@ -4994,7 +5144,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":95
+  /* "ivshmem/native/descriptors.pyx":93
  * 
  * 
  * cdef int fail() except -1:             # <<<<<<<<<<<<<<
@@ -5011,7 +5161,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":111
+/* "ivshmem/native/descriptors.pyx":109
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5063,7 +5213,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":112
+  /* "ivshmem/native/descriptors.pyx":110
  * 
  *     def __cinit__(self):
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5072,7 +5222,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_ob
 */
   __pyx_v_self->number = -1;
 
-  /* "ivshmem/native/descriptors.pyx":111
+  /* "ivshmem/native/descriptors.pyx":109
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5086,7 +5236,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_2Fd___cinit__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":114
+/* "ivshmem/native/descriptors.pyx":112
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5118,14 +5268,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":117
+  /* "ivshmem/native/descriptors.pyx":115
  *     def taken(self):
  *         """Whether it has an owner or was closed."""
  *         return self.number < 0             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->number < 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->number < 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5138,7 +5288,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":114
+  /* "ivshmem/native/descriptors.pyx":112
  *         self.number = -1
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5157,7 +5307,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_5taken___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":119
+/* "ivshmem/native/descriptors.pyx":117
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5221,7 +5371,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":121
+  /* "ivshmem/native/descriptors.pyx":119
  *     def fileno(self):
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5233,7 +5383,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":122
+    /* "ivshmem/native/descriptors.pyx":120
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -5241,7 +5391,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5260,14 +5410,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 120, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 122, __pyx_L1_error)
+    __PYX_ERR(0, 120, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":121
+    /* "ivshmem/native/descriptors.pyx":119
  *     def fileno(self):
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:             # <<<<<<<<<<<<<<
@@ -5276,14 +5426,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":123
+  /* "ivshmem/native/descriptors.pyx":121
  *         if self.number < 0:
  *             raise ClosedError("the descriptor was taken or closed")
  *         return self.number             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->number); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->number); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -5296,7 +5446,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":119
+  /* "ivshmem/native/descriptors.pyx":117
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5317,7 +5467,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_2fileno(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":125
+/* "ivshmem/native/descriptors.pyx":123
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5381,7 +5531,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":128
+        /* "ivshmem/native/descriptors.pyx":126
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5393,7 +5543,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":129
+          /* "ivshmem/native/descriptors.pyx":127
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5402,7 +5552,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
 */
           (void)(close(__pyx_v_self->number));
 
-          /* "ivshmem/native/descriptors.pyx":128
+          /* "ivshmem/native/descriptors.pyx":126
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5411,7 +5561,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":130
+        /* "ivshmem/native/descriptors.pyx":128
  *         if self.number >= 0:
  *             c_close(self.number)
  *         self.number = -1             # <<<<<<<<<<<<<<
@@ -5421,7 +5571,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
         __pyx_v_self->number = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":125
+      /* "ivshmem/native/descriptors.pyx":123
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5445,7 +5595,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_4close(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":132
+/* "ivshmem/native/descriptors.pyx":130
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5469,7 +5619,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_2Fd_7__dealloc__(PyObject *_
 static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":133
+  /* "ivshmem/native/descriptors.pyx":131
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5481,7 +5631,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":134
+    /* "ivshmem/native/descriptors.pyx":132
  *     def __dealloc__(self):
  *         if self.number >= 0:
  *             c_close(self.number)             # <<<<<<<<<<<<<<
@@ -5490,7 +5640,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
 */
     (void)(close(__pyx_v_self->number));
 
-    /* "ivshmem/native/descriptors.pyx":133
+    /* "ivshmem/native/descriptors.pyx":131
  * 
  *     def __dealloc__(self):
  *         if self.number >= 0:             # <<<<<<<<<<<<<<
@@ -5499,7 +5649,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_2Fd_6__dealloc__(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":132
+  /* "ivshmem/native/descriptors.pyx":130
  *         self.number = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5575,7 +5725,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_8__reduce_cython__(
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -5639,32 +5789,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5699,7 +5849,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -5717,7 +5867,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2Fd_10__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":137
+/* "ivshmem/native/descriptors.pyx":135
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -5743,7 +5893,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken", 0);
 
-  /* "ivshmem/native/descriptors.pyx":141
+  /* "ivshmem/native/descriptors.pyx":139
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
@@ -5757,20 +5907,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":142
+    /* "ivshmem/native/descriptors.pyx":140
  *     cdef int number
  *     if not isinstance(fd, Fd):
  *         return fd             # <<<<<<<<<<<<<<
  *     given = fd
  *     with cython.critical_section(given):
 */
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 140, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_3;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":141
+    /* "ivshmem/native/descriptors.pyx":139
  *     cdef Fd given
  *     cdef int number
  *     if not isinstance(fd, Fd):             # <<<<<<<<<<<<<<
@@ -5779,7 +5929,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":143
+  /* "ivshmem/native/descriptors.pyx":141
  *     if not isinstance(fd, Fd):
  *         return fd
  *     given = fd             # <<<<<<<<<<<<<<
@@ -5788,11 +5938,11 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   __pyx_t_4 = __pyx_v_fd;
   __Pyx_INCREF(__pyx_t_4);
-  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd))))) __PYX_ERR(0, 143, __pyx_L1_error)
+  if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd))))) __PYX_ERR(0, 141, __pyx_L1_error)
   __pyx_v_given = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Fd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":144
+  /* "ivshmem/native/descriptors.pyx":142
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5801,13 +5951,13 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_given)) { __Pyx_RaiseUnboundLocalError("given"); __PYX_ERR(0, 144, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_given)) { __Pyx_RaiseUnboundLocalError("given"); __PYX_ERR(0, 142, __pyx_L1_error) }
       __pyx_t_4 = ((PyObject *)__pyx_v_given);
       __Pyx_INCREF(__pyx_t_4);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_4);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":145
+        /* "ivshmem/native/descriptors.pyx":143
  *     given = fd
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1             # <<<<<<<<<<<<<<
@@ -5822,7 +5972,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
         __pyx_v_given->number = __pyx_t_5;
       }
 
-      /* "ivshmem/native/descriptors.pyx":144
+      /* "ivshmem/native/descriptors.pyx":142
  *         return fd
  *     given = fd
  *     with cython.critical_section(given):             # <<<<<<<<<<<<<<
@@ -5839,7 +5989,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":146
+  /* "ivshmem/native/descriptors.pyx":144
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -5851,7 +6001,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":147
+    /* "ivshmem/native/descriptors.pyx":145
  *         number, given.number = given.number, -1
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")             # <<<<<<<<<<<<<<
@@ -5859,7 +6009,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
  * 
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 147, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 145, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5878,14 +6028,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 147, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 147, __pyx_L1_error)
+    __PYX_ERR(0, 145, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":146
+    /* "ivshmem/native/descriptors.pyx":144
  *     with cython.critical_section(given):
  *         number, given.number = given.number, -1
  *     if number < 0:             # <<<<<<<<<<<<<<
@@ -5894,7 +6044,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":148
+  /* "ivshmem/native/descriptors.pyx":146
  *     if number < 0:
  *         raise ClosedError("the descriptor was taken or closed")
  *     return number             # <<<<<<<<<<<<<<
@@ -5907,7 +6057,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":137
+  /* "ivshmem/native/descriptors.pyx":135
  * 
  * 
  * cdef int taken(object fd) except? -1:             # <<<<<<<<<<<<<<
@@ -5930,7 +6080,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_taken(PyObject *__pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":159
+/* "ivshmem/native/descriptors.pyx":157
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -5982,7 +6132,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":160
+  /* "ivshmem/native/descriptors.pyx":158
  * 
  *     def __cinit__(self):
  *         self.fds = NULL             # <<<<<<<<<<<<<<
@@ -5991,7 +6141,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __p
 */
   __pyx_v_self->fds = NULL;
 
-  /* "ivshmem/native/descriptors.pyx":159
+  /* "ivshmem/native/descriptors.pyx":157
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -6005,7 +6155,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_7FdArray___cinit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":162
+/* "ivshmem/native/descriptors.pyx":160
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6053,32 +6203,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_count,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 162, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 160, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 162, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "eventfds", 0) < (0)) __PYX_ERR(0, 160, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 162, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, i); __PYX_ERR(0, 160, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 162, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 160, __pyx_L3_error)
     }
-    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 163, __pyx_L3_error)
+    __pyx_v_count = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_count == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 161, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 162, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("eventfds", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 160, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6127,7 +6277,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("eventfds", 0);
 
-  /* "ivshmem/native/descriptors.pyx":169
+  /* "ivshmem/native/descriptors.pyx":167
  *             OSError: EMFILE, ENFILE or ENOMEM. Then no descriptor is left open.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6140,13 +6290,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":171
+  /* "ivshmem/native/descriptors.pyx":169
  *         cdef FdArray array = FdArray()
  *         cdef int fd
  *         for _ in range(count):             # <<<<<<<<<<<<<<
@@ -6160,7 +6310,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v__ = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":172
+    /* "ivshmem/native/descriptors.pyx":170
  *         cdef int fd
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -6169,7 +6319,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
     __pyx_v_fd = eventfd(0, (EFD_CLOEXEC | EFD_NONBLOCK));
 
-    /* "ivshmem/native/descriptors.pyx":173
+    /* "ivshmem/native/descriptors.pyx":171
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6181,7 +6331,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/native/descriptors.pyx":174
+      /* "ivshmem/native/descriptors.pyx":172
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:
  *                 try:             # <<<<<<<<<<<<<<
@@ -6190,18 +6340,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":175
+        /* "ivshmem/native/descriptors.pyx":173
  *             if fd < 0:
  *                 try:
  *                     fail()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     array.close()
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L9_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L9_error)
 
       }
 
-      /* "ivshmem/native/descriptors.pyx":177
+      /* "ivshmem/native/descriptors.pyx":175
  *                     fail()
  *                 finally:
  *                     array.close()             # <<<<<<<<<<<<<<
@@ -6217,7 +6367,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
             PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6247,7 +6397,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
               PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L14_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L14_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -6277,7 +6427,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
         __pyx_L10:;
       }
 
-      /* "ivshmem/native/descriptors.pyx":173
+      /* "ivshmem/native/descriptors.pyx":171
  *         for _ in range(count):
  *             fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
  *             if fd < 0:             # <<<<<<<<<<<<<<
@@ -6286,19 +6436,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":178
+    /* "ivshmem/native/descriptors.pyx":176
  *                 finally:
  *                     array.close()
  *             array.add(fd)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_fd); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 176, __pyx_L1_error)
 
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":179
+  /* "ivshmem/native/descriptors.pyx":177
  *                     array.close()
  *             array.add(fd)
  *         return array             # <<<<<<<<<<<<<<
@@ -6316,7 +6466,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":162
+  /* "ivshmem/native/descriptors.pyx":160
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6339,7 +6489,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_2eventfds(Py_s
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":181
+/* "ivshmem/native/descriptors.pyx":179
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6387,32 +6537,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 181, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 179, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 179, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "copy", 0) < (0)) __PYX_ERR(0, 179, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 181, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, i); __PYX_ERR(0, 179, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 179, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 182, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 180, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 181, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("copy", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 179, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6449,7 +6599,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/native/descriptors.pyx":188
+  /* "ivshmem/native/descriptors.pyx":186
  *             OSError: EBADF or EMFILE.
  *         """
  *         cdef FdArray array = FdArray()             # <<<<<<<<<<<<<<
@@ -6462,13 +6612,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 188, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 186, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_array = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":189
+  /* "ivshmem/native/descriptors.pyx":187
  *         """
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)             # <<<<<<<<<<<<<<
@@ -6477,7 +6627,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
 */
   __pyx_v_other = fcntl(__pyx_v_fd, F_DUPFD_CLOEXEC, 0);
 
-  /* "ivshmem/native/descriptors.pyx":190
+  /* "ivshmem/native/descriptors.pyx":188
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6489,17 +6639,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/native/descriptors.pyx":191
+    /* "ivshmem/native/descriptors.pyx":189
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         array.add(other)
  *         return array
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":190
+    /* "ivshmem/native/descriptors.pyx":188
  *         cdef FdArray array = FdArray()
  *         cdef int other = fcntl(fd, F_DUPFD_CLOEXEC, 0)
  *         if other < 0:             # <<<<<<<<<<<<<<
@@ -6508,17 +6658,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":192
+  /* "ivshmem/native/descriptors.pyx":190
  *         if other < 0:
  *             fail()
  *         array.add(other)             # <<<<<<<<<<<<<<
  *         return array
  * 
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_array, __pyx_v_other); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":193
+  /* "ivshmem/native/descriptors.pyx":191
  *             fail()
  *         array.add(other)
  *         return array             # <<<<<<<<<<<<<<
@@ -6536,7 +6686,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":181
+  /* "ivshmem/native/descriptors.pyx":179
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
@@ -6558,7 +6708,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_4copy(int __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":195
+/* "ivshmem/native/descriptors.pyx":193
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -6609,60 +6759,60 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_path,&__pyx_mstate_global->__pyx_n_u_flags,&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_dir_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "open", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 195, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, i); __PYX_ERR(0, 193, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 193, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_path = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_int(values[1]); if (unlikely((__pyx_v_flags == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
     if (values[2]) {
-      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
+      __pyx_v_mode = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_mode == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
     } else {
       __pyx_v_mode = ((unsigned int)0777);
     }
     if (values[3]) {
-      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L3_error)
+      __pyx_v_dir_fd = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_dir_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
     } else {
       __pyx_v_dir_fd = __pyx_mstate_global->__pyx_k__2;
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("open", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6709,7 +6859,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open", 0);
 
-  /* "ivshmem/native/descriptors.pyx":203
+  /* "ivshmem/native/descriptors.pyx":201
  *             OSError: as open(2), with the path.
  *         """
  *         cdef bytes where = os.fsencode(path)             # <<<<<<<<<<<<<<
@@ -6717,9 +6867,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  *         cdef int fd, code
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6739,14 +6889,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 201, __pyx_L1_error)
   __pyx_v_where = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":204
+  /* "ivshmem/native/descriptors.pyx":202
  *         """
  *         cdef bytes where = os.fsencode(path)
  *         cdef const char *text = where             # <<<<<<<<<<<<<<
@@ -6755,12 +6905,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 204, __pyx_L1_error)
+    __PYX_ERR(0, 202, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_where); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
   __pyx_v_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":206
+  /* "ivshmem/native/descriptors.pyx":204
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6769,13 +6919,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   if (unlikely(__pyx_v_where == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument of type \047NoneType\047 is not iterable");
-    __PYX_ERR(0, 206, __pyx_L1_error)
+    __PYX_ERR(0, 204, __pyx_L1_error)
   }
-  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_7 = (__Pyx_BytesContains('\x00', __pyx_v_where, Py_EQ)); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 204, __pyx_L1_error)
   if (unlikely(__pyx_t_7)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":207
+    /* "ivshmem/native/descriptors.pyx":205
  *         cdef int fd, code
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")             # <<<<<<<<<<<<<<
@@ -6788,14 +6938,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_embedded_null_byte};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 207, __pyx_L1_error)
+    __PYX_ERR(0, 205, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":206
+    /* "ivshmem/native/descriptors.pyx":204
  *         cdef const char *text = where
  *         cdef int fd, code
  *         if b"\0" in where:             # <<<<<<<<<<<<<<
@@ -6804,7 +6954,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":208
+  /* "ivshmem/native/descriptors.pyx":206
  *         if b"\0" in where:
  *             raise ValueError("embedded null byte")
  *         while True:             # <<<<<<<<<<<<<<
@@ -6813,7 +6963,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":209
+    /* "ivshmem/native/descriptors.pyx":207
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -6826,7 +6976,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/descriptors.pyx":210
+          /* "ivshmem/native/descriptors.pyx":208
  *         while True:
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)             # <<<<<<<<<<<<<<
@@ -6835,7 +6985,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
           __pyx_v_fd = openat(__pyx_v_dir_fd, __pyx_v_text, (__pyx_v_flags | O_CLOEXEC), __pyx_v_mode);
 
-          /* "ivshmem/native/descriptors.pyx":211
+          /* "ivshmem/native/descriptors.pyx":209
  *             with nogil:
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno             # <<<<<<<<<<<<<<
@@ -6845,7 +6995,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
           __pyx_v_code = errno;
         }
 
-        /* "ivshmem/native/descriptors.pyx":209
+        /* "ivshmem/native/descriptors.pyx":207
  *             raise ValueError("embedded null byte")
  *         while True:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -6862,7 +7012,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         }
     }
 
-    /* "ivshmem/native/descriptors.pyx":212
+    /* "ivshmem/native/descriptors.pyx":210
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -6874,24 +7024,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     if (__pyx_t_7) {
 
 
-      /* "ivshmem/native/descriptors.pyx":213
+      /* "ivshmem/native/descriptors.pyx":211
  *                 code = errno
  *             if fd >= 0:
  *                 self.add(fd)             # <<<<<<<<<<<<<<
  *                 return fd
  *             if code != EINTR:
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
 
 
-      /* "ivshmem/native/descriptors.pyx":214
+      /* "ivshmem/native/descriptors.pyx":212
  *             if fd >= 0:
  *                 self.add(fd)
  *                 return fd             # <<<<<<<<<<<<<<
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
 */
-      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       {
         PyObject *__pyx_temp;
@@ -6904,7 +7054,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
       __pyx_t_1 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":212
+      /* "ivshmem/native/descriptors.pyx":210
  *                 fd = c_openat(dir_fd, text, flags | O_CLOEXEC, mode)
  *                 code = errno
  *             if fd >= 0:             # <<<<<<<<<<<<<<
@@ -6913,7 +7063,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":215
+    /* "ivshmem/native/descriptors.pyx":213
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -6925,7 +7075,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
     if (unlikely(__pyx_t_7)) {
 
 
-      /* "ivshmem/native/descriptors.pyx":216
+      /* "ivshmem/native/descriptors.pyx":214
  *                 return fd
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)             # <<<<<<<<<<<<<<
@@ -6933,15 +7083,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
  * 
 */
       __pyx_t_4 = NULL;
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_9 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 216, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 214, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -6961,7 +7111,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 214, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_5 = 1;
@@ -6971,14 +7121,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 216, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 214, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 216, __pyx_L1_error)
+      __PYX_ERR(0, 214, __pyx_L1_error)
 
-      /* "ivshmem/native/descriptors.pyx":215
+      /* "ivshmem/native/descriptors.pyx":213
  *                 self.add(fd)
  *                 return fd
  *             if code != EINTR:             # <<<<<<<<<<<<<<
@@ -6987,18 +7137,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
 */
     }
 
-    /* "ivshmem/native/descriptors.pyx":217
+    /* "ivshmem/native/descriptors.pyx":215
  *             if code != EINTR:
  *                 raise OSError(code, os.strerror(code), path)
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  * 
  *     def memfd(self, name, unsigned int flags):
 */
-    __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
+    __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/native/descriptors.pyx":195
+  /* "ivshmem/native/descriptors.pyx":193
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -7029,7 +7179,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_6open(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":219
+/* "ivshmem/native/descriptors.pyx":217
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -7078,39 +7228,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_flags,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "memfd", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, i); __PYX_ERR(0, 217, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
     }
     __pyx_v_name = values[0];
-    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 219, __pyx_L3_error)
+    __pyx_v_flags = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_flags == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 217, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("memfd", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7150,7 +7300,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("memfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":225
+  /* "ivshmem/native/descriptors.pyx":223
  *             OSError: as memfd_create(2).
  *         """
  *         cdef bytes called = os.fsencode(name)             # <<<<<<<<<<<<<<
@@ -7158,9 +7308,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
  *         if fd < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -7180,14 +7330,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 225, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 223, __pyx_L1_error)
   __pyx_v_called = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":226
+  /* "ivshmem/native/descriptors.pyx":224
  *         """
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -7196,13 +7346,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
 */
   if (unlikely(__pyx_v_called == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 226, __pyx_L1_error)
+    __PYX_ERR(0, 224, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_called); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L1_error)
   __pyx_v_fd = memfd_create(__pyx_t_6, (__pyx_v_flags | MFD_CLOEXEC));
 
 
-  /* "ivshmem/native/descriptors.pyx":227
+  /* "ivshmem/native/descriptors.pyx":225
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7214,17 +7364,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/native/descriptors.pyx":228
+    /* "ivshmem/native/descriptors.pyx":226
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         self.add(fd)
  *         return fd
 */
-    __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":227
+    /* "ivshmem/native/descriptors.pyx":225
  *         cdef bytes called = os.fsencode(name)
  *         cdef int fd = memfd_create(called, flags | MFD_CLOEXEC)
  *         if fd < 0:             # <<<<<<<<<<<<<<
@@ -7233,24 +7383,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":229
+  /* "ivshmem/native/descriptors.pyx":227
  *         if fd < 0:
  *             fail()
  *         self.add(fd)             # <<<<<<<<<<<<<<
  *         return fd
  * 
 */
-  __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_v_fd); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":230
+  /* "ivshmem/native/descriptors.pyx":228
  *             fail()
  *         self.add(fd)
  *         return fd             # <<<<<<<<<<<<<<
  * 
  *     def take(self, fd):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7263,7 +7413,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":219
+  /* "ivshmem/native/descriptors.pyx":217
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
@@ -7287,7 +7437,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_8memfd(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":232
+/* "ivshmem/native/descriptors.pyx":230
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7335,32 +7485,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 232, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 230, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 232, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 232, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 230, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 232, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, i); __PYX_ERR(0, 230, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 232, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 230, __pyx_L3_error)
     }
     __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 232, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 230, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7391,19 +7541,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/native/descriptors.pyx":234
+  /* "ivshmem/native/descriptors.pyx":232
  *     def take(self, fd):
  *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 234, __pyx_L1_error)
-  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_1 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
 
 
 
-  /* "ivshmem/native/descriptors.pyx":232
+  /* "ivshmem/native/descriptors.pyx":230
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
@@ -7423,7 +7573,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_10take(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":236
+/* "ivshmem/native/descriptors.pyx":234
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7458,7 +7608,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":240
+        /* "ivshmem/native/descriptors.pyx":238
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7470,7 +7620,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":241
+          /* "ivshmem/native/descriptors.pyx":239
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -7479,7 +7629,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           (void)(close(__pyx_v_fd));
 
-          /* "ivshmem/native/descriptors.pyx":242
+          /* "ivshmem/native/descriptors.pyx":240
  *         if self.state & IVSHMEM_CLOSING:
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")             # <<<<<<<<<<<<<<
@@ -7487,7 +7637,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 242, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 240, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -7506,14 +7656,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 242, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 240, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 242, __pyx_L4_error)
+          __PYX_ERR(0, 240, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":240
+          /* "ivshmem/native/descriptors.pyx":238
  *         cdef int *grown
  *         cdef Py_ssize_t i
  *         if self.state & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -7522,7 +7672,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":243
+        /* "ivshmem/native/descriptors.pyx":241
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7534,7 +7684,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":245
+          /* "ivshmem/native/descriptors.pyx":243
  *         if self.count == self.room:
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL             # <<<<<<<<<<<<<<
@@ -7543,7 +7693,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_grown = NULL;
 
-          /* "ivshmem/native/descriptors.pyx":246
+          /* "ivshmem/native/descriptors.pyx":244
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -7555,7 +7705,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/native/descriptors.pyx":247
+            /* "ivshmem/native/descriptors.pyx":245
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))             # <<<<<<<<<<<<<<
@@ -7564,7 +7714,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
             __pyx_v_grown = ((int *)malloc((((__pyx_v_self->room * 2) + 1) * (sizeof(int)))));
 
-            /* "ivshmem/native/descriptors.pyx":246
+            /* "ivshmem/native/descriptors.pyx":244
  *             # A thread that reads `fds` without the GIL may have the old address: keep it valid.
  *             grown = NULL
  *             if self.outgrown_count < OUTGROWN:             # <<<<<<<<<<<<<<
@@ -7573,7 +7723,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           }
 
-          /* "ivshmem/native/descriptors.pyx":248
+          /* "ivshmem/native/descriptors.pyx":246
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7585,7 +7735,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/native/descriptors.pyx":249
+            /* "ivshmem/native/descriptors.pyx":247
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:
  *                 c_close(fd)             # <<<<<<<<<<<<<<
@@ -7594,16 +7744,16 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
             (void)(close(__pyx_v_fd));
 
-            /* "ivshmem/native/descriptors.pyx":250
+            /* "ivshmem/native/descriptors.pyx":248
  *             if grown == NULL:
  *                 c_close(fd)
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 250, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 248, __pyx_L4_error)
 
-            /* "ivshmem/native/descriptors.pyx":248
+            /* "ivshmem/native/descriptors.pyx":246
  *             if self.outgrown_count < OUTGROWN:
  *                 grown = <int *>malloc((self.room * 2 + 1) * sizeof(int))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -7612,7 +7762,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           }
 
-          /* "ivshmem/native/descriptors.pyx":251
+          /* "ivshmem/native/descriptors.pyx":249
  *                 c_close(fd)
  *                 raise MemoryError
  *             for i in range(self.count):             # <<<<<<<<<<<<<<
@@ -7626,7 +7776,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           for (__pyx_t_9 = 0; __pyx_t_9 < __pyx_t_8; __pyx_t_9+=1) {
             __pyx_v_i = __pyx_t_9;
 
-            /* "ivshmem/native/descriptors.pyx":252
+            /* "ivshmem/native/descriptors.pyx":250
  *                 raise MemoryError
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]             # <<<<<<<<<<<<<<
@@ -7637,7 +7787,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           }
 
 
-          /* "ivshmem/native/descriptors.pyx":253
+          /* "ivshmem/native/descriptors.pyx":251
  *             for i in range(self.count):
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds             # <<<<<<<<<<<<<<
@@ -7649,7 +7799,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
           (__pyx_v_self->outgrown[__pyx_v_self->outgrown_count]) = __pyx_t_10;
 
 
-          /* "ivshmem/native/descriptors.pyx":254
+          /* "ivshmem/native/descriptors.pyx":252
  *                 grown[i] = self.fds[i]
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1             # <<<<<<<<<<<<<<
@@ -7658,7 +7808,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_self->outgrown_count = (__pyx_v_self->outgrown_count + 1);
 
-          /* "ivshmem/native/descriptors.pyx":255
+          /* "ivshmem/native/descriptors.pyx":253
  *             self.outgrown[self.outgrown_count] = self.fds
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)             # <<<<<<<<<<<<<<
@@ -7667,7 +7817,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           ivshmem_set_elements((&__pyx_v_self->fds), __pyx_v_grown);
 
-          /* "ivshmem/native/descriptors.pyx":256
+          /* "ivshmem/native/descriptors.pyx":254
  *             self.outgrown_count += 1
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1             # <<<<<<<<<<<<<<
@@ -7676,7 +7826,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
           __pyx_v_self->room = ((__pyx_v_self->room * 2) + 1);
 
-          /* "ivshmem/native/descriptors.pyx":243
+          /* "ivshmem/native/descriptors.pyx":241
  *             c_close(fd)
  *             raise ClosedError("the descriptors are closed")
  *         if self.count == self.room:             # <<<<<<<<<<<<<<
@@ -7685,7 +7835,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":257
+        /* "ivshmem/native/descriptors.pyx":255
  *             ivshmem_set_elements(&self.fds, grown)
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd             # <<<<<<<<<<<<<<
@@ -7694,7 +7844,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         (__pyx_v_self->fds[__pyx_v_self->count]) = __pyx_v_fd;
 
-        /* "ivshmem/native/descriptors.pyx":258
+        /* "ivshmem/native/descriptors.pyx":256
  *             self.room = self.room * 2 + 1
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)             # <<<<<<<<<<<<<<
@@ -7703,7 +7853,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
 */
         ivshmem_set_length((&__pyx_v_self->count), (__pyx_v_self->count + 1));
 
-        /* "ivshmem/native/descriptors.pyx":259
+        /* "ivshmem/native/descriptors.pyx":257
  *         self.fds[self.count] = fd
  *         ivshmem_set_length(&self.count, self.count + 1)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7718,7 +7868,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":236
+      /* "ivshmem/native/descriptors.pyx":234
  *         self.add(taken(fd))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7758,7 +7908,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_add(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":261
+/* "ivshmem/native/descriptors.pyx":259
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7786,7 +7936,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":262
+  /* "ivshmem/native/descriptors.pyx":260
  * 
  *     def __len__(self):
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count             # <<<<<<<<<<<<<<
@@ -7808,7 +7958,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":261
+  /* "ivshmem/native/descriptors.pyx":259
  *         return 0
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -7822,7 +7972,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_12__len__(str
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":264
+/* "ivshmem/native/descriptors.pyx":262
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7877,7 +8027,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":267
+        /* "ivshmem/native/descriptors.pyx":265
  *     def __getitem__(self, Py_ssize_t index):
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -7894,7 +8044,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 267, __pyx_L4_error)
+        __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 265, __pyx_L4_error)
         __pyx_t_3 = (__pyx_v_index >= __pyx_t_4);
 
 
@@ -7905,7 +8055,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":268
+          /* "ivshmem/native/descriptors.pyx":266
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")             # <<<<<<<<<<<<<<
@@ -7913,10 +8063,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
  * 
 */
           __pyx_t_6 = NULL;
-          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 268, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 266, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 268, __pyx_L4_error)
-          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 268, __pyx_L4_error)
+          __pyx_t_4 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 266, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_t_4, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 266, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
 
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_descriptor;
@@ -7929,7 +8079,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
           #endif
           __pyx_t_10 = 0;
           __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_4, __pyx_t_10);
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 268, __pyx_L4_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 266, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_11);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7939,14 +8089,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 268, __pyx_L4_error)
+          __PYX_ERR(0, 266, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":267
+          /* "ivshmem/native/descriptors.pyx":265
  *     def __getitem__(self, Py_ssize_t index):
  *         """Return the descriptor, which the array still owns."""
  *         if index < 0 or index >= len(self):             # <<<<<<<<<<<<<<
@@ -7955,14 +8105,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":269
+        /* "ivshmem/native/descriptors.pyx":267
  *         if index < 0 or index >= len(self):
  *             raise IndexError(f"descriptor {index} of {len(self)}")
  *         return self.fds[index]             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 269, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_v_index])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 267, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         {
           PyObject *__pyx_temp;
@@ -7977,7 +8127,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":264
+      /* "ivshmem/native/descriptors.pyx":262
  *         return 0 if self.state & IVSHMEM_CLOSING else self.count
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8019,7 +8169,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_14__getitem__(
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":271
+/* "ivshmem/native/descriptors.pyx":269
  *         return self.fds[index]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8068,7 +8218,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":274
+        /* "ivshmem/native/descriptors.pyx":272
  *     def __iter__(self):
  *         """The descriptors that are here now; another thread's `close` ends no iteration early."""
  *         return iter([self.fds[i] for i in range(len(self))])             # <<<<<<<<<<<<<<
@@ -8076,23 +8226,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
  *     def signal(self, Py_ssize_t index):
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L4_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
-          __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 274, __pyx_L4_error)
+          __pyx_t_3 = PyObject_Length(((PyObject *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 272, __pyx_L4_error)
           __pyx_t_4 = __pyx_t_3;
 
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_7genexpr__pyx_v_i = __pyx_t_5;
-            __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_7genexpr__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 274, __pyx_L4_error)
+            __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_v_self->fds[__pyx_7genexpr__pyx_v_i])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_GIVEREF(__pyx_t_6);
-            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 274, __pyx_L4_error)
+            if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 272, __pyx_L4_error)
             __pyx_t_6 = 0;
           }
 
 
         } /* exit inner scope */
-        __pyx_t_6 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 274, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -8108,7 +8258,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/native/descriptors.pyx":271
+      /* "ivshmem/native/descriptors.pyx":269
  *         return self.fds[index]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8148,7 +8298,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_16__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":276
+/* "ivshmem/native/descriptors.pyx":274
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8196,32 +8346,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 276, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 276, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 276, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 274, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 276, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 274, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 276, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8254,7 +8404,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":279
+  /* "ivshmem/native/descriptors.pyx":277
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8266,7 +8416,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":280
+    /* "ivshmem/native/descriptors.pyx":278
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8283,7 +8433,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":279
+    /* "ivshmem/native/descriptors.pyx":277
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8292,7 +8442,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":281
+  /* "ivshmem/native/descriptors.pyx":279
  *         if not ivshmem_enter(&self.state):
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0             # <<<<<<<<<<<<<<
@@ -8313,7 +8463,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":282
+  /* "ivshmem/native/descriptors.pyx":280
  *             return
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -8322,7 +8472,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":283
+  /* "ivshmem/native/descriptors.pyx":281
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8334,17 +8484,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":284
+    /* "ivshmem/native/descriptors.pyx":282
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     def drain(self, Py_ssize_t index):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":283
+    /* "ivshmem/native/descriptors.pyx":281
  *         code = add_one(self.fds[index]) if 0 <= index < self.count else 0
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -8353,7 +8503,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":276
+  /* "ivshmem/native/descriptors.pyx":274
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8374,7 +8524,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_18signal(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":286
+/* "ivshmem/native/descriptors.pyx":284
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8422,32 +8572,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 286, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "drain", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 286, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 286, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_index == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 284, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 286, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("drain", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8480,20 +8630,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drain", 0);
 
-  /* "ivshmem/native/descriptors.pyx":291
+  /* "ivshmem/native/descriptors.pyx":289
  *         It never blocks, whatever other processes that have the eventfd do.
  *         """
  *         return take_count(self[index])             # <<<<<<<<<<<<<<
  * 
  *     cdef void release(self) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_GetItemInt(((PyObject *)__pyx_v_self), __pyx_v_index, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_take_count(__pyx_t_2); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 289, __pyx_L1_error)
 
-  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -8507,7 +8657,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":286
+  /* "ivshmem/native/descriptors.pyx":284
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
@@ -8526,7 +8676,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_20drain(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":293
+/* "ivshmem/native/descriptors.pyx":291
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8541,7 +8691,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":295
+  /* "ivshmem/native/descriptors.pyx":293
  *     cdef void release(self) noexcept nogil:
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count             # <<<<<<<<<<<<<<
@@ -8552,7 +8702,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":296
+  /* "ivshmem/native/descriptors.pyx":294
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)             # <<<<<<<<<<<<<<
@@ -8561,7 +8711,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 */
   ivshmem_set_length((&__pyx_v_self->count), 0);
 
-  /* "ivshmem/native/descriptors.pyx":297
+  /* "ivshmem/native/descriptors.pyx":295
  *         cdef Py_ssize_t count = self.count
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -8575,7 +8725,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":298
+    /* "ivshmem/native/descriptors.pyx":296
  *         ivshmem_set_length(&self.count, 0)
  *         for i in range(count):
  *             c_close(self.fds[i])             # <<<<<<<<<<<<<<
@@ -8586,7 +8736,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":293
+  /* "ivshmem/native/descriptors.pyx":291
  *         return take_count(self[index])
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8599,7 +8749,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 
 }
 
-/* "ivshmem/native/descriptors.pyx":300
+/* "ivshmem/native/descriptors.pyx":298
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8610,7 +8760,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(struct __pyx
 static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/native/descriptors.pyx":302
+  /* "ivshmem/native/descriptors.pyx":300
  *     cdef bint enter(self) noexcept nogil:
  *         """Count one more user, and return True; return False if the array is closed."""
  *         return ivshmem_enter(&self.state)             # <<<<<<<<<<<<<<
@@ -8623,7 +8773,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":300
+  /* "ivshmem/native/descriptors.pyx":298
  *             c_close(self.fds[i])
  * 
  *     cdef bint enter(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8636,7 +8786,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":304
+/* "ivshmem/native/descriptors.pyx":302
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8647,7 +8797,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_7FdArray_enter(struct __pyx_ob
 static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":306
+  /* "ivshmem/native/descriptors.pyx":304
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8659,7 +8809,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":307
+    /* "ivshmem/native/descriptors.pyx":305
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8668,7 +8818,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
     __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-    /* "ivshmem/native/descriptors.pyx":306
+    /* "ivshmem/native/descriptors.pyx":304
  *     cdef void leave(self) noexcept nogil:
  *         """Count one user less. The last user of a closed array closes the descriptors."""
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8677,7 +8827,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":304
+  /* "ivshmem/native/descriptors.pyx":302
  *         return ivshmem_enter(&self.state)
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8688,7 +8838,7 @@ static void __pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave(struct __pyx_o
   /* function exit code */
 }
 
-/* "ivshmem/native/descriptors.pyx":309
+/* "ivshmem/native/descriptors.pyx":307
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8752,7 +8902,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":311
+        /* "ivshmem/native/descriptors.pyx":309
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8764,7 +8914,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":312
+          /* "ivshmem/native/descriptors.pyx":310
  *     def close(self):
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8773,7 +8923,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
 */
           __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-          /* "ivshmem/native/descriptors.pyx":311
+          /* "ivshmem/native/descriptors.pyx":309
  *     @cython.critical_section
  *     def close(self):
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -8783,7 +8933,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
         }
       }
 
-      /* "ivshmem/native/descriptors.pyx":309
+      /* "ivshmem/native/descriptors.pyx":307
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8807,7 +8957,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_22close(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":314
+/* "ivshmem/native/descriptors.pyx":312
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8834,7 +8984,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/descriptors.pyx":316
+  /* "ivshmem/native/descriptors.pyx":314
  *     def __dealloc__(self):
  *         cdef int i
  *         self.release()             # <<<<<<<<<<<<<<
@@ -8843,7 +8993,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   __pyx_f_7ivshmem_6native_11descriptors_7FdArray_release(__pyx_v_self);
 
-  /* "ivshmem/native/descriptors.pyx":317
+  /* "ivshmem/native/descriptors.pyx":315
  *         cdef int i
  *         self.release()
  *         free(self.fds)             # <<<<<<<<<<<<<<
@@ -8852,7 +9002,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
 */
   free(__pyx_v_self->fds);
 
-  /* "ivshmem/native/descriptors.pyx":318
+  /* "ivshmem/native/descriptors.pyx":316
  *         self.release()
  *         free(self.fds)
  *         for i in range(self.outgrown_count):             # <<<<<<<<<<<<<<
@@ -8866,7 +9016,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":319
+    /* "ivshmem/native/descriptors.pyx":317
  *         free(self.fds)
  *         for i in range(self.outgrown_count):
  *             free(self.outgrown[i])             # <<<<<<<<<<<<<<
@@ -8877,7 +9027,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_7FdArray_24__dealloc__(struc
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":314
+  /* "ivshmem/native/descriptors.pyx":312
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8954,7 +9104,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_26__reduce_cyt
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -9018,32 +9168,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9078,7 +9228,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_c
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -9096,7 +9246,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_7FdArray_28__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":336
+/* "ivshmem/native/descriptors.pyx":334
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9170,7 +9320,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":337
+  /* "ivshmem/native/descriptors.pyx":335
  * 
  *     def __cinit__(self):
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -9179,7 +9329,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":338
+  /* "ivshmem/native/descriptors.pyx":336
  *     def __cinit__(self):
  *         self.context = 0
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -9188,7 +9338,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->zero = -1;
 
-  /* "ivshmem/native/descriptors.pyx":339
+  /* "ivshmem/native/descriptors.pyx":337
  *         self.context = 0
  *         self.zero = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -9197,7 +9347,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":340
+  /* "ivshmem/native/descriptors.pyx":338
  *         self.zero = -1
  *         self.pid = getpid()
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -9205,22 +9355,22 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_open); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_RDONLY); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_O_CLOEXEC); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9242,14 +9392,14 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_8 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->zero = __pyx_t_8;
 
-  /* "ivshmem/native/descriptors.pyx":342
+  /* "ivshmem/native/descriptors.pyx":340
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9261,7 +9411,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   if (__pyx_t_9) {
 
 
-    /* "ivshmem/native/descriptors.pyx":343
+    /* "ivshmem/native/descriptors.pyx":341
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -9270,18 +9420,18 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":344
+      /* "ivshmem/native/descriptors.pyx":342
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:
  *             try:
  *                 fail()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.close()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/native/descriptors.pyx":346
+    /* "ivshmem/native/descriptors.pyx":344
  *                 fail()
  *             finally:
  *                 self.close()             # <<<<<<<<<<<<<<
@@ -9297,7 +9447,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
           PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9331,7 +9481,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L8_error)
+            if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_1);
           }
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9361,7 +9511,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
       __pyx_L6:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":342
+    /* "ivshmem/native/descriptors.pyx":340
  *         self.zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
  *         # A request counts until its end is taken off the ring. Each call does that for its own.
  *         if ivshmem_io_setup(BATCH, &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -9370,7 +9520,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":336
+  /* "ivshmem/native/descriptors.pyx":334
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -9396,7 +9546,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_9Signaller___cinit__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":348
+/* "ivshmem/native/descriptors.pyx":346
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9444,32 +9594,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 348, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 346, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 348, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 348, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "signal", 0) < (0)) __PYX_ERR(0, 346, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 348, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, i); __PYX_ERR(0, 346, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 348, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 346, __pyx_L3_error)
     }
     __pyx_v_fds = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 348, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("signal", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 346, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9514,7 +9664,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("signal", 0);
 
-  /* "ivshmem/native/descriptors.pyx":354
+  /* "ivshmem/native/descriptors.pyx":352
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9526,7 +9676,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":355
+    /* "ivshmem/native/descriptors.pyx":353
  *         cdef unsigned int number
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9534,7 +9684,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             count = 0
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9553,14 +9703,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 355, __pyx_L1_error)
+    __PYX_ERR(0, 353, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":354
+    /* "ivshmem/native/descriptors.pyx":352
  *         cdef long count
  *         cdef unsigned int number
  *         if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9569,7 +9719,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":356
+  /* "ivshmem/native/descriptors.pyx":354
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9577,11 +9727,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
  *             for fd in fds[first : first + BATCH]:
 */
   __pyx_t_4 = NULL;
-  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 356, __pyx_L1_error)
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_6 = PyObject_Length(__pyx_v_fds); if (unlikely(__pyx_t_6 == ((Py_ssize_t)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_6native_11descriptors_BATCH); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -9590,12 +9740,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
     {
@@ -9603,18 +9753,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 356, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 354, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 354, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_first = __pyx_t_6;
 
-    /* "ivshmem/native/descriptors.pyx":357
+    /* "ivshmem/native/descriptors.pyx":355
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):
  *             count = 0             # <<<<<<<<<<<<<<
@@ -9623,23 +9773,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
     __pyx_v_count = 0;
 
-    /* "ivshmem/native/descriptors.pyx":358
+    /* "ivshmem/native/descriptors.pyx":356
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
  *                 number = fd
  *                 batch[count] = <int>number
 */
-    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetSlice(__pyx_v_fds, __pyx_v_first, (__pyx_v_first + __pyx_e_7ivshmem_6native_11descriptors_BATCH), NULL, NULL, NULL, 1, 1, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
       __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
       __pyx_t_6 = 0;
       __pyx_t_9 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 358, __pyx_L1_error)
+      __pyx_t_9 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 356, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     for (;;) {
@@ -9648,7 +9798,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9658,7 +9808,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -9669,13 +9819,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
       } else {
         __pyx_t_2 = __pyx_t_9(__pyx_t_3);
         if (unlikely(!__pyx_t_2)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 358, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 356, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -9685,17 +9835,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
       __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_2);
       __pyx_t_2 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":359
+      /* "ivshmem/native/descriptors.pyx":357
  *             count = 0
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd             # <<<<<<<<<<<<<<
  *                 batch[count] = <int>number
  *                 count += 1
 */
-      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_As_unsigned_int(__pyx_v_fd); if (unlikely((__pyx_t_10 == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L1_error)
       __pyx_v_number = __pyx_t_10;
 
-      /* "ivshmem/native/descriptors.pyx":360
+      /* "ivshmem/native/descriptors.pyx":358
  *             for fd in fds[first : first + BATCH]:
  *                 number = fd
  *                 batch[count] = <int>number             # <<<<<<<<<<<<<<
@@ -9704,7 +9854,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       (__pyx_v_batch[__pyx_v_count]) = ((int)__pyx_v_number);
 
-      /* "ivshmem/native/descriptors.pyx":361
+      /* "ivshmem/native/descriptors.pyx":359
  *                 number = fd
  *                 batch[count] = <int>number
  *                 count += 1             # <<<<<<<<<<<<<<
@@ -9713,7 +9863,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
 */
       __pyx_v_count = (__pyx_v_count + 1);
 
-      /* "ivshmem/native/descriptors.pyx":358
+      /* "ivshmem/native/descriptors.pyx":356
  *         for first in range(0, len(fds), BATCH):
  *             count = 0
  *             for fd in fds[first : first + BATCH]:             # <<<<<<<<<<<<<<
@@ -9723,17 +9873,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":362
+    /* "ivshmem/native/descriptors.pyx":360
  *                 batch[count] = <int>number
  *                 count += 1
  *             self.submit(batch, count)             # <<<<<<<<<<<<<<
  * 
  *     cdef int submit(self, int *fds, long count) except -1:
 */
-    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+    __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_self, __pyx_v_batch, __pyx_v_count); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":356
+    /* "ivshmem/native/descriptors.pyx":354
  *         if self.zero < 0:
  *             raise ClosedError("the signaller is closed")
  *         for first in range(0, len(fds), BATCH):             # <<<<<<<<<<<<<<
@@ -9743,7 +9893,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   }
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":348
+  /* "ivshmem/native/descriptors.pyx":346
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
@@ -9772,7 +9922,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_2signal(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":364
+/* "ivshmem/native/descriptors.pyx":362
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -9796,7 +9946,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit", 0);
 
-  /* "ivshmem/native/descriptors.pyx":370
+  /* "ivshmem/native/descriptors.pyx":368
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9810,7 +9960,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":371
+        /* "ivshmem/native/descriptors.pyx":369
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9822,7 +9972,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/native/descriptors.pyx":372
+          /* "ivshmem/native/descriptors.pyx":370
  *         with cython.critical_section(self):
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")             # <<<<<<<<<<<<<<
@@ -9830,7 +9980,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
  *         if code:
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 370, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -9849,14 +9999,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 370, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 372, __pyx_L4_error)
+          __PYX_ERR(0, 370, __pyx_L4_error)
 
-          /* "ivshmem/native/descriptors.pyx":371
+          /* "ivshmem/native/descriptors.pyx":369
  *         cdef int code
  *         with cython.critical_section(self):
  *             if self.zero < 0:             # <<<<<<<<<<<<<<
@@ -9865,7 +10015,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":373
+        /* "ivshmem/native/descriptors.pyx":371
  *             if self.zero < 0:
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)             # <<<<<<<<<<<<<<
@@ -9875,7 +10025,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(__pyx_v_self, __pyx_v_fds, __pyx_v_count);
       }
 
-      /* "ivshmem/native/descriptors.pyx":370
+      /* "ivshmem/native/descriptors.pyx":368
  *         """
  *         cdef int code
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9896,7 +10046,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/native/descriptors.pyx":374
+  /* "ivshmem/native/descriptors.pyx":372
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9908,17 +10058,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":375
+    /* "ivshmem/native/descriptors.pyx":373
  *             code = self.send(fds, count)
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":374
+    /* "ivshmem/native/descriptors.pyx":372
  *                 raise ClosedError("the signaller is closed")
  *             code = self.send(fds, count)
  *         if code:             # <<<<<<<<<<<<<<
@@ -9927,7 +10077,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":376
+  /* "ivshmem/native/descriptors.pyx":374
  *         if code:
  *             fail_with(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9940,7 +10090,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":364
+  /* "ivshmem/native/descriptors.pyx":362
  *             self.submit(batch, count)
  * 
  *     cdef int submit(self, int *fds, long count) except -1:             # <<<<<<<<<<<<<<
@@ -9963,7 +10113,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":378
+/* "ivshmem/native/descriptors.pyx":376
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9985,7 +10135,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":384
+  /* "ivshmem/native/descriptors.pyx":382
  *         cdef char byte[1]
  *         cdef long i, n
  *         cdef long done = 0             # <<<<<<<<<<<<<<
@@ -9994,7 +10144,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/native/descriptors.pyx":385
+  /* "ivshmem/native/descriptors.pyx":383
  *         cdef long i, n
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -10003,7 +10153,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
   (void)(memset(__pyx_v_requests, 0, (__pyx_v_count * (sizeof(struct iocb)))));
 
-  /* "ivshmem/native/descriptors.pyx":386
+  /* "ivshmem/native/descriptors.pyx":384
  *         cdef long done = 0
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):             # <<<<<<<<<<<<<<
@@ -10017,7 +10167,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/native/descriptors.pyx":387
+    /* "ivshmem/native/descriptors.pyx":385
  *         memset(requests, 0, count * sizeof(iocb))
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD             # <<<<<<<<<<<<<<
@@ -10026,7 +10176,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_lio_opcode = IOCB_CMD_PREAD;
 
-    /* "ivshmem/native/descriptors.pyx":388
+    /* "ivshmem/native/descriptors.pyx":386
  *         for i in range(count):
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero             # <<<<<<<<<<<<<<
@@ -10037,7 +10187,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     (__pyx_v_requests[__pyx_v_i]).aio_fildes = __pyx_t_4;
 
-    /* "ivshmem/native/descriptors.pyx":389
+    /* "ivshmem/native/descriptors.pyx":387
  *             requests[i].aio_lio_opcode = IOCB_CMD_PREAD
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]             # <<<<<<<<<<<<<<
@@ -10046,7 +10196,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_buf = ((uint64_t)(&(__pyx_v_byte[0])));
 
-    /* "ivshmem/native/descriptors.pyx":390
+    /* "ivshmem/native/descriptors.pyx":388
  *             requests[i].aio_fildes = self.zero
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1             # <<<<<<<<<<<<<<
@@ -10055,7 +10205,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_nbytes = 1;
 
-    /* "ivshmem/native/descriptors.pyx":391
+    /* "ivshmem/native/descriptors.pyx":389
  *             requests[i].aio_buf = <uint64_t>&byte[0]
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -10064,7 +10214,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_flags = IOCB_FLAG_RESFD;
 
-    /* "ivshmem/native/descriptors.pyx":392
+    /* "ivshmem/native/descriptors.pyx":390
  *             requests[i].aio_nbytes = 1
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]             # <<<<<<<<<<<<<<
@@ -10073,7 +10223,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     (__pyx_v_requests[__pyx_v_i]).aio_resfd = (__pyx_v_fds[__pyx_v_i]);
 
-    /* "ivshmem/native/descriptors.pyx":393
+    /* "ivshmem/native/descriptors.pyx":391
  *             requests[i].aio_flags = IOCB_FLAG_RESFD
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]             # <<<<<<<<<<<<<<
@@ -10084,7 +10234,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
 
 
-  /* "ivshmem/native/descriptors.pyx":394
+  /* "ivshmem/native/descriptors.pyx":392
  *             requests[i].aio_resfd = fds[i]
  *             pointers[i] = &requests[i]
  *         while done < count:             # <<<<<<<<<<<<<<
@@ -10097,7 +10247,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/native/descriptors.pyx":395
+    /* "ivshmem/native/descriptors.pyx":393
  *             pointers[i] = &requests[i]
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])             # <<<<<<<<<<<<<<
@@ -10106,7 +10256,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
     __pyx_v_n = ivshmem_io_submit(__pyx_v_self->context, (__pyx_v_count - __pyx_v_done), (&(__pyx_v_pointers[__pyx_v_done])));
 
-    /* "ivshmem/native/descriptors.pyx":396
+    /* "ivshmem/native/descriptors.pyx":394
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10118,7 +10268,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":397
+      /* "ivshmem/native/descriptors.pyx":395
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:
  *                 done += n             # <<<<<<<<<<<<<<
@@ -10127,7 +10277,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       __pyx_v_done = (__pyx_v_done + __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":398
+      /* "ivshmem/native/descriptors.pyx":396
  *             if n >= 0:
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)             # <<<<<<<<<<<<<<
@@ -10136,7 +10286,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
 */
       ivshmem_io_forget(__pyx_v_self->context, __pyx_v_n);
 
-      /* "ivshmem/native/descriptors.pyx":396
+      /* "ivshmem/native/descriptors.pyx":394
  *         while done < count:
  *             n = ivshmem_io_submit(self.context, count - done, &pointers[done])
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10146,7 +10296,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       goto __pyx_L7;
     }
 
-    /* "ivshmem/native/descriptors.pyx":399
+    /* "ivshmem/native/descriptors.pyx":397
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10165,7 +10315,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/native/descriptors.pyx":400
+      /* "ivshmem/native/descriptors.pyx":398
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno             # <<<<<<<<<<<<<<
@@ -10178,7 +10328,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
       }
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":399
+      /* "ivshmem/native/descriptors.pyx":397
  *                 done += n
  *                 ivshmem_io_forget(self.context, n)
  *             elif errno != EINTR and errno != EAGAIN:             # <<<<<<<<<<<<<<
@@ -10189,7 +10339,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":401
+  /* "ivshmem/native/descriptors.pyx":399
  *             elif errno != EINTR and errno != EAGAIN:
  *                 return errno
  *         return 0             # <<<<<<<<<<<<<<
@@ -10202,7 +10352,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":378
+  /* "ivshmem/native/descriptors.pyx":376
  *         return 0
  * 
  *     cdef int send(self, int *fds, long count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10221,7 +10371,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_9Signaller_send(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":403
+/* "ivshmem/native/descriptors.pyx":401
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10286,7 +10436,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":405
+        /* "ivshmem/native/descriptors.pyx":403
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10312,7 +10462,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":406
+          /* "ivshmem/native/descriptors.pyx":404
  *     def close(self):
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)             # <<<<<<<<<<<<<<
@@ -10321,7 +10471,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(ivshmem_io_destroy(__pyx_v_self->context));
 
-          /* "ivshmem/native/descriptors.pyx":405
+          /* "ivshmem/native/descriptors.pyx":403
  *     @cython.critical_section
  *     def close(self):
  *         if self.context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -10330,7 +10480,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":407
+        /* "ivshmem/native/descriptors.pyx":405
  *         if self.context and getpid() == self.pid:
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -10339,7 +10489,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         __pyx_v_self->context = 0;
 
-        /* "ivshmem/native/descriptors.pyx":408
+        /* "ivshmem/native/descriptors.pyx":406
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10351,7 +10501,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/native/descriptors.pyx":409
+          /* "ivshmem/native/descriptors.pyx":407
  *         self.context = 0
  *         if self.zero >= 0:
  *             c_close(self.zero)             # <<<<<<<<<<<<<<
@@ -10360,7 +10510,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
           (void)(close(__pyx_v_self->zero));
 
-          /* "ivshmem/native/descriptors.pyx":408
+          /* "ivshmem/native/descriptors.pyx":406
  *             ivshmem_io_destroy(self.context)
  *         self.context = 0
  *         if self.zero >= 0:             # <<<<<<<<<<<<<<
@@ -10369,7 +10519,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":410
+        /* "ivshmem/native/descriptors.pyx":408
  *         if self.zero >= 0:
  *             c_close(self.zero)
  *         self.zero = -1             # <<<<<<<<<<<<<<
@@ -10379,7 +10529,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
         __pyx_v_self->zero = -1;
       }
 
-      /* "ivshmem/native/descriptors.pyx":403
+      /* "ivshmem/native/descriptors.pyx":401
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10403,7 +10553,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_4close(struc
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":412
+/* "ivshmem/native/descriptors.pyx":410
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10434,7 +10584,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":413
+  /* "ivshmem/native/descriptors.pyx":411
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10448,12 +10598,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_9Signaller_6__dealloc__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":412
+  /* "ivshmem/native/descriptors.pyx":410
  *         self.zero = -1
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10536,7 +10686,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_8__reduce_cy
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -10600,32 +10750,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10660,7 +10810,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -10678,7 +10828,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_9Signaller_10__setstate
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":420
+/* "ivshmem/native/descriptors.pyx":418
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -10706,7 +10856,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shared_signaller", 0);
 
-  /* "ivshmem/native/descriptors.pyx":427
+  /* "ivshmem/native/descriptors.pyx":425
  *     """
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()             # <<<<<<<<<<<<<<
@@ -10738,19 +10888,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 427, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 427, __pyx_L1_error)
+    if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 425, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 427, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 425, __pyx_L1_error)
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":428
+  /* "ivshmem/native/descriptors.pyx":426
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10775,7 +10925,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":429
+    /* "ivshmem/native/descriptors.pyx":427
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10791,7 +10941,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XGOTREF(__pyx_t_10);
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":430
+        /* "ivshmem/native/descriptors.pyx":428
  *     if signaller is None or signaller.pid != getpid():
  *         try:
  *             signaller = Signaller()             # <<<<<<<<<<<<<<
@@ -10804,13 +10954,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L6_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_1);
         }
         __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
         __pyx_t_1 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":429
+        /* "ivshmem/native/descriptors.pyx":427
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10828,7 +10978,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":431
+      /* "ivshmem/native/descriptors.pyx":429
  *         try:
  *             signaller = Signaller()
  *         except OSError:             # <<<<<<<<<<<<<<
@@ -10839,7 +10989,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/native/descriptors.pyx":432
+        /* "ivshmem/native/descriptors.pyx":430
  *             signaller = Signaller()
  *         except OSError:
  *             return None             # <<<<<<<<<<<<<<
@@ -10858,7 +11008,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/native/descriptors.pyx":429
+      /* "ivshmem/native/descriptors.pyx":427
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():
  *         try:             # <<<<<<<<<<<<<<
@@ -10880,7 +11030,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_L11_try_end:;
     }
 
-    /* "ivshmem/native/descriptors.pyx":433
+    /* "ivshmem/native/descriptors.pyx":431
  *         except OSError:
  *             return None
  *         _shared = weakref.ref(signaller)             # <<<<<<<<<<<<<<
@@ -10888,9 +11038,9 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_6 = 1;
@@ -10910,7 +11060,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 433, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_11descriptors__shared);
@@ -10918,7 +11068,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":428
+    /* "ivshmem/native/descriptors.pyx":426
  *     global _shared
  *     cdef Signaller signaller = None if _shared is None else _shared()
  *     if signaller is None or signaller.pid != getpid():             # <<<<<<<<<<<<<<
@@ -10927,7 +11077,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":434
+  /* "ivshmem/native/descriptors.pyx":432
  *             return None
  *         _shared = weakref.ref(signaller)
  *     return signaller             # <<<<<<<<<<<<<<
@@ -10945,7 +11095,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":420
+  /* "ivshmem/native/descriptors.pyx":418
  * 
  * 
  * cdef Signaller shared_signaller():             # <<<<<<<<<<<<<<
@@ -10968,7 +11118,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":437
+/* "ivshmem/native/descriptors.pyx":435
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -10985,7 +11135,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":439
+  /* "ivshmem/native/descriptors.pyx":437
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:
  *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR             # <<<<<<<<<<<<<<
@@ -10994,7 +11144,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   __pyx_v_code = EINTR;
 
-  /* "ivshmem/native/descriptors.pyx":440
+  /* "ivshmem/native/descriptors.pyx":438
  *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -11005,20 +11155,20 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":441
+    /* "ivshmem/native/descriptors.pyx":439
  *     cdef int code = EINTR
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)             # <<<<<<<<<<<<<<
  *     while code == EINTR:
  *         PyErr_CheckSignals()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit(__pyx_v_signaller, (&__pyx_v_fd), 1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":440
+    /* "ivshmem/native/descriptors.pyx":438
  *     """Add 1 to an eventfd that other processes have, too, without waiting for them."""
  *     cdef int code = EINTR
  *     if signaller is not None:             # <<<<<<<<<<<<<<
@@ -11027,7 +11177,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":442
+  /* "ivshmem/native/descriptors.pyx":440
  *     if signaller is not None:
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:             # <<<<<<<<<<<<<<
@@ -11040,17 +11190,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/native/descriptors.pyx":443
+    /* "ivshmem/native/descriptors.pyx":441
  *         return signaller.submit(&fd, 1)
  *     while code == EINTR:
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         code = add_one_if_room(fd)
  *     if code:
 */
-    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":444
+    /* "ivshmem/native/descriptors.pyx":442
  *     while code == EINTR:
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)             # <<<<<<<<<<<<<<
@@ -11060,7 +11210,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
     __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(__pyx_v_fd);
   }
 
-  /* "ivshmem/native/descriptors.pyx":445
+  /* "ivshmem/native/descriptors.pyx":443
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11072,17 +11222,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":446
+    /* "ivshmem/native/descriptors.pyx":444
  *         code = add_one_if_room(fd)
  *     if code:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":445
+    /* "ivshmem/native/descriptors.pyx":443
  *         PyErr_CheckSignals()
  *         code = add_one_if_room(fd)
  *     if code:             # <<<<<<<<<<<<<<
@@ -11091,7 +11241,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":447
+  /* "ivshmem/native/descriptors.pyx":445
  *     if code:
  *         fail_with(code)
  *     return 0             # <<<<<<<<<<<<<<
@@ -11104,7 +11254,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":437
+  /* "ivshmem/native/descriptors.pyx":435
  * 
  * 
  * cdef int add_one_nowait(Signaller signaller, int fd) except -1:             # <<<<<<<<<<<<<<
@@ -11122,7 +11272,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":450
+/* "ivshmem/native/descriptors.pyx":448
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11137,7 +11287,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":458
+  /* "ivshmem/native/descriptors.pyx":456
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -11147,7 +11297,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/native/descriptors.pyx":459
+  /* "ivshmem/native/descriptors.pyx":457
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -11156,7 +11306,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/native/descriptors.pyx":460
+  /* "ivshmem/native/descriptors.pyx":458
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = POLLOUT             # <<<<<<<<<<<<<<
@@ -11165,7 +11315,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 */
   __pyx_v_one.events = POLLOUT;
 
-  /* "ivshmem/native/descriptors.pyx":461
+  /* "ivshmem/native/descriptors.pyx":459
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -11191,7 +11341,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":462
+    /* "ivshmem/native/descriptors.pyx":460
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)             # <<<<<<<<<<<<<<
@@ -11204,7 +11354,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":461
+    /* "ivshmem/native/descriptors.pyx":459
  *     one.fd = fd
  *     one.events = POLLOUT
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:             # <<<<<<<<<<<<<<
@@ -11213,7 +11363,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":463
+  /* "ivshmem/native/descriptors.pyx":461
  *     if ppoll(&one, 1, &none, NULL) == 1 and one.revents & POLLOUT:
  *         return add_one(fd)
  *     return 0  # a full counter: an interrupt is already pending             # <<<<<<<<<<<<<<
@@ -11226,7 +11376,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":450
+  /* "ivshmem/native/descriptors.pyx":448
  * 
  * 
  * cdef int add_one_if_room(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11241,7 +11391,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_add_one_if_room(int __pyx_v_fd
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":481
+/* "ivshmem/native/descriptors.pyx":479
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11288,39 +11438,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_targets,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 481, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 479, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 481, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 481, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 479, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 481, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 479, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 481, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
     }
-    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
     __pyx_v_targets = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 481, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 479, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11369,7 +11519,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":483
+  /* "ivshmem/native/descriptors.pyx":481
  *     def __cinit__(self, int source, targets):
  *         cdef iocb request
  *         cdef iocb *pointer = &request             # <<<<<<<<<<<<<<
@@ -11378,7 +11528,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_pointer = (&__pyx_v_request);
 
-  /* "ivshmem/native/descriptors.pyx":484
+  /* "ivshmem/native/descriptors.pyx":482
  *         cdef iocb request
  *         cdef iocb *pointer = &request
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11387,7 +11537,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":485
+  /* "ivshmem/native/descriptors.pyx":483
  *         cdef iocb *pointer = &request
  *         self.context = 0
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -11396,7 +11546,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/native/descriptors.pyx":486
+  /* "ivshmem/native/descriptors.pyx":484
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11412,7 +11562,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/descriptors.pyx":487
+      /* "ivshmem/native/descriptors.pyx":485
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11421,7 +11571,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
 
       __pyx_t_4 = 1;
-      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 487, __pyx_L3_error)
+      __pyx_t_5 = PyObject_Length(__pyx_v_targets); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 485, __pyx_L3_error)
       __pyx_t_7 = (__pyx_t_4 > __pyx_t_5);
 
       if (__pyx_t_7) {
@@ -11439,17 +11589,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":488
+        /* "ivshmem/native/descriptors.pyx":486
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()             # <<<<<<<<<<<<<<
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":487
+        /* "ivshmem/native/descriptors.pyx":485
  *         self.pid = getpid()
  *         try:
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:             # <<<<<<<<<<<<<<
@@ -11458,7 +11608,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":489
+      /* "ivshmem/native/descriptors.pyx":487
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11470,17 +11620,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       if (__pyx_t_7) {
 
 
-        /* "ivshmem/native/descriptors.pyx":490
+        /* "ivshmem/native/descriptors.pyx":488
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)             # <<<<<<<<<<<<<<
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
 */
-        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L3_error)
+        __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(ENOSYS); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L3_error)
 
 
-        /* "ivshmem/native/descriptors.pyx":489
+        /* "ivshmem/native/descriptors.pyx":487
  *             if ivshmem_io_setup(max(len(targets), 1), &self.context) < 0:
  *                 fail()
  *             if not ivshmem_io_has_ring(self.context):             # <<<<<<<<<<<<<<
@@ -11489,7 +11639,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
       }
 
-      /* "ivshmem/native/descriptors.pyx":491
+      /* "ivshmem/native/descriptors.pyx":489
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11501,9 +11651,9 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __pyx_t_6 = 0;
         __pyx_t_10 = NULL;
       } else {
-        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 491, __pyx_L3_error)
+        __pyx_t_6 = -1; __pyx_t_9 = PyObject_GetIter(__pyx_v_targets); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 489, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_9);
-        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 491, __pyx_L3_error)
+        __pyx_t_10 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_9); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 489, __pyx_L3_error)
       }
       for (;;) {
         if (likely(!__pyx_t_10)) {
@@ -11511,7 +11661,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 491, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 489, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11521,7 +11671,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             {
               Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_9);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 491, __pyx_L3_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 489, __pyx_L3_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
@@ -11532,13 +11682,13 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
             #endif
             ++__pyx_t_6;
           }
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 491, __pyx_L3_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 489, __pyx_L3_error)
         } else {
           __pyx_t_11 = __pyx_t_10(__pyx_t_9);
           if (unlikely(!__pyx_t_11)) {
             PyObject* exc_type = PyErr_Occurred();
             if (exc_type) {
-              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 491, __pyx_L3_error)
+              if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 489, __pyx_L3_error)
               PyErr_Clear();
             }
             break;
@@ -11548,7 +11698,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         __Pyx_XDECREF_SET(__pyx_v_fd, __pyx_t_11);
         __pyx_t_11 = 0;
 
-        /* "ivshmem/native/descriptors.pyx":492
+        /* "ivshmem/native/descriptors.pyx":490
  *                 fail_with(ENOSYS)
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))             # <<<<<<<<<<<<<<
@@ -11557,7 +11707,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         (void)(memset((&__pyx_v_request), 0, (sizeof(struct iocb))));
 
-        /* "ivshmem/native/descriptors.pyx":493
+        /* "ivshmem/native/descriptors.pyx":491
  *             for fd in targets:
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL             # <<<<<<<<<<<<<<
@@ -11566,7 +11716,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_lio_opcode = IOCB_CMD_POLL;
 
-        /* "ivshmem/native/descriptors.pyx":494
+        /* "ivshmem/native/descriptors.pyx":492
  *                 memset(&request, 0, sizeof(iocb))
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source             # <<<<<<<<<<<<<<
@@ -11575,7 +11725,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_fildes = __pyx_v_source;
 
-        /* "ivshmem/native/descriptors.pyx":495
+        /* "ivshmem/native/descriptors.pyx":493
  *                 request.aio_lio_opcode = IOCB_CMD_POLL
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN             # <<<<<<<<<<<<<<
@@ -11584,7 +11734,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_buf = EPOLLIN;
 
-        /* "ivshmem/native/descriptors.pyx":496
+        /* "ivshmem/native/descriptors.pyx":494
  *                 request.aio_fildes = source
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD             # <<<<<<<<<<<<<<
@@ -11593,17 +11743,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         __pyx_v_request.aio_flags = IOCB_FLAG_RESFD;
 
-        /* "ivshmem/native/descriptors.pyx":497
+        /* "ivshmem/native/descriptors.pyx":495
  *                 request.aio_buf = _EPOLLIN  # which is POLLIN
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd             # <<<<<<<<<<<<<<
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
 */
-        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 497, __pyx_L3_error)
+        __pyx_t_12 = __Pyx_PyLong_As_uint32_t(__pyx_v_fd); if (unlikely((__pyx_t_12 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 495, __pyx_L3_error)
         __pyx_v_request.aio_resfd = __pyx_t_12;
 
-        /* "ivshmem/native/descriptors.pyx":498
+        /* "ivshmem/native/descriptors.pyx":496
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11615,17 +11765,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         if (__pyx_t_7) {
 
 
-          /* "ivshmem/native/descriptors.pyx":499
+          /* "ivshmem/native/descriptors.pyx":497
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 499, __pyx_L3_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 497, __pyx_L3_error)
 
 
-          /* "ivshmem/native/descriptors.pyx":498
+          /* "ivshmem/native/descriptors.pyx":496
  *                 request.aio_flags = IOCB_FLAG_RESFD
  *                 request.aio_resfd = fd
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:             # <<<<<<<<<<<<<<
@@ -11634,7 +11784,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
 */
         }
 
-        /* "ivshmem/native/descriptors.pyx":491
+        /* "ivshmem/native/descriptors.pyx":489
  *             if not ivshmem_io_has_ring(self.context):
  *                 fail_with(ENOSYS)
  *             for fd in targets:             # <<<<<<<<<<<<<<
@@ -11644,7 +11794,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":486
+      /* "ivshmem/native/descriptors.pyx":484
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11660,7 +11810,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-    /* "ivshmem/native/descriptors.pyx":500
+    /* "ivshmem/native/descriptors.pyx":498
  *                 if ivshmem_io_submit(self.context, 1, &pointer) < 0:
  *                     fail()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11670,12 +11820,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_t_8 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_8) {
       __Pyx_AddTraceback("ivshmem.native.descriptors.Relay.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 500, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_11, &__pyx_t_13) < 0) __PYX_ERR(0, 498, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_13);
 
-      /* "ivshmem/native/descriptors.pyx":501
+      /* "ivshmem/native/descriptors.pyx":499
  *                     fail()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -11689,12 +11839,12 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_16, (1-__pyx_t_16) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 501, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 499, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
 
-      /* "ivshmem/native/descriptors.pyx":502
+      /* "ivshmem/native/descriptors.pyx":500
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -11706,11 +11856,11 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_11, __pyx_t_13);
       __pyx_t_9 = 0;  __pyx_t_11 = 0;  __pyx_t_13 = 0; 
-      __PYX_ERR(0, 502, __pyx_L5_except_error)
+      __PYX_ERR(0, 500, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/descriptors.pyx":486
+    /* "ivshmem/native/descriptors.pyx":484
  *         self.context = 0
  *         self.pid = getpid()
  *         try:             # <<<<<<<<<<<<<<
@@ -11726,7 +11876,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":481
+  /* "ivshmem/native/descriptors.pyx":479
  *     """
  * 
  *     def __cinit__(self, int source, targets):             # <<<<<<<<<<<<<<
@@ -11754,7 +11904,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Relay___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":504
+/* "ivshmem/native/descriptors.pyx":502
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11767,7 +11917,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":506
+  /* "ivshmem/native/descriptors.pyx":504
  *     cdef bint fired(self) noexcept nogil:
  *         """Whether that has happened. This takes no system call: the kernel's ring shows it."""
  *         return self.context != 0 and ivshmem_io_any_end(self.context)             # <<<<<<<<<<<<<<
@@ -11795,7 +11945,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":504
+  /* "ivshmem/native/descriptors.pyx":502
  *             raise
  * 
  *     cdef bint fired(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11808,7 +11958,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Relay_fired(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":508
+/* "ivshmem/native/descriptors.pyx":506
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11868,7 +12018,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":510
+  /* "ivshmem/native/descriptors.pyx":508
  *     def close(self):
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context             # <<<<<<<<<<<<<<
@@ -11879,7 +12029,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 
   __pyx_v_context = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":511
+  /* "ivshmem/native/descriptors.pyx":509
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
  *         self.context = 0             # <<<<<<<<<<<<<<
@@ -11888,7 +12038,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   __pyx_v_self->context = 0;
 
-  /* "ivshmem/native/descriptors.pyx":512
+  /* "ivshmem/native/descriptors.pyx":510
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11914,7 +12064,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":513
+    /* "ivshmem/native/descriptors.pyx":511
  *         self.context = 0
  *         if context and getpid() == self.pid:
  *             ivshmem_io_destroy(context)             # <<<<<<<<<<<<<<
@@ -11923,7 +12073,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
     (void)(ivshmem_io_destroy(__pyx_v_context));
 
-    /* "ivshmem/native/descriptors.pyx":512
+    /* "ivshmem/native/descriptors.pyx":510
  *         cdef aio_context_t context = self.context
  *         self.context = 0
  *         if context and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -11932,7 +12082,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":508
+  /* "ivshmem/native/descriptors.pyx":506
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11948,7 +12098,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_2close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":515
+/* "ivshmem/native/descriptors.pyx":513
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11979,7 +12129,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/native/descriptors.pyx":516
+  /* "ivshmem/native/descriptors.pyx":514
  * 
  *     def __dealloc__(self):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11993,12 +12143,12 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Relay_4__dealloc__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 516, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":515
+  /* "ivshmem/native/descriptors.pyx":513
  *             ivshmem_io_destroy(context)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12081,7 +12231,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_6__reduce_cython
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -12145,32 +12295,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12205,7 +12355,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -12223,7 +12373,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Relay_8__setstate_cyth
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":527
+/* "ivshmem/native/descriptors.pyx":525
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12280,7 +12430,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":528
+  /* "ivshmem/native/descriptors.pyx":526
  * 
  *     def __cinit__(self):
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -12289,7 +12439,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":529
+  /* "ivshmem/native/descriptors.pyx":527
  *     def __cinit__(self):
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -12298,7 +12448,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   __pyx_v_self->epfd = epoll_create1(EPOLL_CLOEXEC);
 
-  /* "ivshmem/native/descriptors.pyx":530
+  /* "ivshmem/native/descriptors.pyx":528
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12310,17 +12460,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":531
+    /* "ivshmem/native/descriptors.pyx":529
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":530
+    /* "ivshmem/native/descriptors.pyx":528
  *         self.epfd = -1
  *         self.epfd = epoll_create1(EPOLL_CLOEXEC)
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12329,7 +12479,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":527
+  /* "ivshmem/native/descriptors.pyx":525
  *     """
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -12348,7 +12498,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Epoll___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":533
+/* "ivshmem/native/descriptors.pyx":531
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12412,7 +12562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":534
+  /* "ivshmem/native/descriptors.pyx":532
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12424,7 +12574,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":535
+    /* "ivshmem/native/descriptors.pyx":533
  *     def fileno(self):
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")             # <<<<<<<<<<<<<<
@@ -12432,7 +12582,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12451,14 +12601,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 533, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 535, __pyx_L1_error)
+    __PYX_ERR(0, 533, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":534
+    /* "ivshmem/native/descriptors.pyx":532
  * 
  *     def fileno(self):
  *         if self.epfd < 0:             # <<<<<<<<<<<<<<
@@ -12467,14 +12617,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":536
+  /* "ivshmem/native/descriptors.pyx":534
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
  *         return self.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 536, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->epfd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -12487,7 +12637,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":533
+  /* "ivshmem/native/descriptors.pyx":531
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12508,7 +12658,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":538
+/* "ivshmem/native/descriptors.pyx":536
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12530,7 +12680,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("control", 0);
 
-  /* "ivshmem/native/descriptors.pyx":540
+  /* "ivshmem/native/descriptors.pyx":538
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))             # <<<<<<<<<<<<<<
@@ -12539,7 +12689,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   (void)(memset((&__pyx_v_event), 0, (sizeof(__pyx_v_event))));
 
-  /* "ivshmem/native/descriptors.pyx":541
+  /* "ivshmem/native/descriptors.pyx":539
  *         cdef epoll_event event
  *         memset(&event, 0, sizeof(event))
  *         event.events = events             # <<<<<<<<<<<<<<
@@ -12548,7 +12698,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.events = __pyx_v_events;
 
-  /* "ivshmem/native/descriptors.pyx":542
+  /* "ivshmem/native/descriptors.pyx":540
  *         memset(&event, 0, sizeof(event))
  *         event.events = events
  *         event.data.u64 = token             # <<<<<<<<<<<<<<
@@ -12557,7 +12707,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   __pyx_v_event.data.u64 = __pyx_v_token;
 
-  /* "ivshmem/native/descriptors.pyx":543
+  /* "ivshmem/native/descriptors.pyx":541
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12571,10 +12721,10 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 541, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (epoll_ctl(__pyx_t_4, __pyx_v_op, __pyx_v_fd, (&__pyx_v_event)) < 0);
 
@@ -12582,17 +12732,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":544
+    /* "ivshmem/native/descriptors.pyx":542
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 544, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 542, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":543
+    /* "ivshmem/native/descriptors.pyx":541
  *         event.events = events
  *         event.data.u64 = token
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:             # <<<<<<<<<<<<<<
@@ -12601,7 +12751,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":545
+  /* "ivshmem/native/descriptors.pyx":543
  *         if epoll_ctl(self.fileno(), op, fd, &event) < 0:
  *             fail()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12614,7 +12764,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":538
+  /* "ivshmem/native/descriptors.pyx":536
  *         return self.epfd
  * 
  *     cdef int control(self, int op, int fd, unsigned int events, uint64_t token) except -1:             # <<<<<<<<<<<<<<
@@ -12635,7 +12785,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":547
+/* "ivshmem/native/descriptors.pyx":545
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12685,46 +12835,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 547, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 545, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 547, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 545, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 547, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 545, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 547, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, i); __PYX_ERR(0, 545, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 545, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 545, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 547, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 545, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 547, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 547, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 545, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12757,17 +12907,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/native/descriptors.pyx":549
+  /* "ivshmem/native/descriptors.pyx":547
  *     def add(self, int fd, uint64_t token, unsigned int events):
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_ADD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":547
+  /* "ivshmem/native/descriptors.pyx":545
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12787,7 +12937,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_4add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":551
+/* "ivshmem/native/descriptors.pyx":549
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12837,46 +12987,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_token,&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 551, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 549, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 549, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 551, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "modify", 0) < (0)) __PYX_ERR(0, 549, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 551, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, i); __PYX_ERR(0, 549, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 549, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 549, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 549, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
-    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
-    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 551, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
+    __pyx_v_token = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_token == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_events == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 551, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("modify", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 549, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12909,17 +13059,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("modify", 0);
 
-  /* "ivshmem/native/descriptors.pyx":552
+  /* "ivshmem/native/descriptors.pyx":550
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):
  *         self.control(EPOLL_CTL_MOD, fd, events, token)             # <<<<<<<<<<<<<<
  * 
  *     def remove(self, int fd):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 552, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_MOD, __pyx_v_fd, __pyx_v_events, __pyx_v_token); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 550, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":551
+  /* "ivshmem/native/descriptors.pyx":549
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
@@ -12939,7 +13089,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_6modify(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":554
+/* "ivshmem/native/descriptors.pyx":552
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -12987,32 +13137,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 554, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 552, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 554, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 552, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 554, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, i); __PYX_ERR(0, 552, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 554, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 552, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 554, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 552, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 554, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 552, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13043,17 +13193,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/native/descriptors.pyx":555
+  /* "ivshmem/native/descriptors.pyx":553
  * 
  *     def remove(self, int fd):
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)             # <<<<<<<<<<<<<<
  * 
  *     def wait(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 555, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_5Epoll_control(__pyx_v_self, EPOLL_CTL_DEL, __pyx_v_fd, 0, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":554
+  /* "ivshmem/native/descriptors.pyx":552
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
@@ -13073,7 +13223,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_8remove(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":557
+/* "ivshmem/native/descriptors.pyx":555
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13121,24 +13271,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 557, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 555, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 557, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 555, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 557, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 555, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13149,7 +13299,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 557, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 555, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13193,17 +13343,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/native/descriptors.pyx":563
+  /* "ivshmem/native/descriptors.pyx":561
  *         """
  *         cdef epoll_event events[BATCH]
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int n
  *         cdef int epfd = self.fileno()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 561, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":565
+  /* "ivshmem/native/descriptors.pyx":563
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int n
  *         cdef int epfd = self.fileno()             # <<<<<<<<<<<<<<
@@ -13217,14 +13367,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 565, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 563, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 565, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_As_int(__pyx_t_2); if (unlikely((__pyx_t_5 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 563, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_epfd = __pyx_t_5;
 
-  /* "ivshmem/native/descriptors.pyx":566
+  /* "ivshmem/native/descriptors.pyx":564
  *         cdef int n
  *         cdef int epfd = self.fileno()
  *         while True:             # <<<<<<<<<<<<<<
@@ -13233,17 +13383,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 */
   while (1) {
 
-    /* "ivshmem/native/descriptors.pyx":567
+    /* "ivshmem/native/descriptors.pyx":565
  *         cdef int epfd = self.fileno()
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 567, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_epfd, __pyx_v_events, __pyx_e_7ivshmem_6native_11descriptors_BATCH, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 565, __pyx_L1_error)
     __pyx_v_n = __pyx_t_5;
 
-    /* "ivshmem/native/descriptors.pyx":568
+    /* "ivshmem/native/descriptors.pyx":566
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13255,7 +13405,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/native/descriptors.pyx":569
+      /* "ivshmem/native/descriptors.pyx":567
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]             # <<<<<<<<<<<<<<
@@ -13263,7 +13413,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
  *     def close(self):
 */
       { /* enter inner scope */
-        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 569, __pyx_L1_error)
+        __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 567, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
 
         __pyx_t_5 = __pyx_v_n;
@@ -13271,20 +13421,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
 
         for (__pyx_t_8 = 0; __pyx_t_8 < __pyx_t_7; __pyx_t_8+=1) {
           __pyx_8genexpr1__pyx_v_i = __pyx_t_8;
-          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 569, __pyx_L1_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint64_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).data.u64); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 567, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_3);
-          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 569, __pyx_L1_error)
+          __pyx_t_9 = __Pyx_PyLong_From_uint32_t((__pyx_v_events[__pyx_8genexpr1__pyx_v_i]).events); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 567, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 569, __pyx_L1_error)
+          __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 567, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_GIVEREF(__pyx_t_3);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 569, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 567, __pyx_L1_error);
           __Pyx_GIVEREF(__pyx_t_9);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 569, __pyx_L1_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_t_9) != (0)) __PYX_ERR(0, 567, __pyx_L1_error);
           __pyx_t_3 = 0;
           __pyx_t_9 = 0;
           __Pyx_GIVEREF(__pyx_t_10);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 569, __pyx_L1_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_2, __pyx_t_10))) __PYX_ERR(0, 567, __pyx_L1_error)
           __pyx_t_10 = 0;
         }
 
@@ -13300,7 +13450,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
       __pyx_t_2 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/native/descriptors.pyx":568
+      /* "ivshmem/native/descriptors.pyx":566
  *         while True:
  *             n = epoll_sleep(epfd, events, BATCH, deadline)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -13310,7 +13460,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
     }
   }
 
-  /* "ivshmem/native/descriptors.pyx":557
+  /* "ivshmem/native/descriptors.pyx":555
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -13339,7 +13489,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_10wait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":571
+/* "ivshmem/native/descriptors.pyx":569
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13398,7 +13548,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":572
+  /* "ivshmem/native/descriptors.pyx":570
  * 
  *     def close(self):
  *         cdef int epfd = self.epfd             # <<<<<<<<<<<<<<
@@ -13409,7 +13559,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 
   __pyx_v_epfd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":573
+  /* "ivshmem/native/descriptors.pyx":571
  *     def close(self):
  *         cdef int epfd = self.epfd
  *         self.epfd = -1             # <<<<<<<<<<<<<<
@@ -13418,7 +13568,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   __pyx_v_self->epfd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":574
+  /* "ivshmem/native/descriptors.pyx":572
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13430,7 +13580,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":575
+    /* "ivshmem/native/descriptors.pyx":573
  *         self.epfd = -1
  *         if epfd >= 0:
  *             c_close(epfd)             # <<<<<<<<<<<<<<
@@ -13439,7 +13589,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
     (void)(close(__pyx_v_epfd));
 
-    /* "ivshmem/native/descriptors.pyx":574
+    /* "ivshmem/native/descriptors.pyx":572
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
  *         if epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13448,7 +13598,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":571
+  /* "ivshmem/native/descriptors.pyx":569
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -13464,7 +13614,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_12close(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":577
+/* "ivshmem/native/descriptors.pyx":575
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13488,7 +13638,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Epoll_15__dealloc__(PyObjec
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":578
+  /* "ivshmem/native/descriptors.pyx":576
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13500,7 +13650,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":579
+    /* "ivshmem/native/descriptors.pyx":577
  *     def __dealloc__(self):
  *         if self.epfd >= 0:
  *             c_close(self.epfd)             # <<<<<<<<<<<<<<
@@ -13509,7 +13659,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
     (void)(close(__pyx_v_self->epfd));
 
-    /* "ivshmem/native/descriptors.pyx":578
+    /* "ivshmem/native/descriptors.pyx":576
  * 
  *     def __dealloc__(self):
  *         if self.epfd >= 0:             # <<<<<<<<<<<<<<
@@ -13518,7 +13668,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Epoll_14__dealloc__(struct 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":577
+  /* "ivshmem/native/descriptors.pyx":575
  *             c_close(epfd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -13594,7 +13744,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_16__reduce_cytho
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -13658,32 +13808,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13718,7 +13868,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -13736,7 +13886,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Epoll_18__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":582
+/* "ivshmem/native/descriptors.pyx":580
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -13760,7 +13910,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":586
+  /* "ivshmem/native/descriptors.pyx":584
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13772,7 +13922,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":587
+    /* "ivshmem/native/descriptors.pyx":585
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:
  *         milliseconds = -1             # <<<<<<<<<<<<<<
@@ -13781,7 +13931,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
     __pyx_v_milliseconds = -1;
 
-    /* "ivshmem/native/descriptors.pyx":586
+    /* "ivshmem/native/descriptors.pyx":584
  *     cdef int64_t left
  *     cdef int milliseconds, n, code
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -13791,7 +13941,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/descriptors.pyx":589
+  /* "ivshmem/native/descriptors.pyx":587
  *         milliseconds = -1
  *     else:
  *         left = deadline - now() if deadline else 0             # <<<<<<<<<<<<<<
@@ -13811,7 +13961,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 
     __pyx_v_left = __pyx_t_2;
 
-    /* "ivshmem/native/descriptors.pyx":591
+    /* "ivshmem/native/descriptors.pyx":589
  *         left = deadline - now() if deadline else 0
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0             # <<<<<<<<<<<<<<
@@ -13847,7 +13997,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/descriptors.pyx":592
+  /* "ivshmem/native/descriptors.pyx":590
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13860,7 +14010,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":593
+        /* "ivshmem/native/descriptors.pyx":591
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)             # <<<<<<<<<<<<<<
@@ -13869,7 +14019,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
         __pyx_v_n = epoll_wait(__pyx_v_epfd, __pyx_v_events, __pyx_v_limit, __pyx_v_milliseconds);
 
-        /* "ivshmem/native/descriptors.pyx":594
+        /* "ivshmem/native/descriptors.pyx":592
  *     with nogil:
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno             # <<<<<<<<<<<<<<
@@ -13879,7 +14029,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
         __pyx_v_code = errno;
       }
 
-      /* "ivshmem/native/descriptors.pyx":592
+      /* "ivshmem/native/descriptors.pyx":590
  *         # Round up: otherwise the last fraction of a millisecond would be spent spinning.
  *         milliseconds = <int>min((left + 999999) // 1000000, <int64_t>2147483647) if left > 0 else 0
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -13896,7 +14046,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":595
+  /* "ivshmem/native/descriptors.pyx":593
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13908,7 +14058,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":596
+    /* "ivshmem/native/descriptors.pyx":594
  *         code = errno
  *     if n >= 0:
  *         return n             # <<<<<<<<<<<<<<
@@ -13921,7 +14071,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":595
+    /* "ivshmem/native/descriptors.pyx":593
  *         n = epoll_wait(epfd, events, limit, milliseconds)
  *         code = errno
  *     if n >= 0:             # <<<<<<<<<<<<<<
@@ -13930,7 +14080,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":597
+  /* "ivshmem/native/descriptors.pyx":595
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13942,17 +14092,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":598
+    /* "ivshmem/native/descriptors.pyx":596
  *         return n
  *     if code != EINTR:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     PyErr_CheckSignals()
  *     return -1
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 596, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":597
+    /* "ivshmem/native/descriptors.pyx":595
  *     if n >= 0:
  *         return n
  *     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13961,17 +14111,17 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":599
+  /* "ivshmem/native/descriptors.pyx":597
  *     if code != EINTR:
  *         fail_with(code)
  *     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *     return -1
  * 
 */
-  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 599, __pyx_L1_error)
+  __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 597, __pyx_L1_error)
 
 
-  /* "ivshmem/native/descriptors.pyx":600
+  /* "ivshmem/native/descriptors.pyx":598
  *         fail_with(code)
  *     PyErr_CheckSignals()
  *     return -1             # <<<<<<<<<<<<<<
@@ -13984,7 +14134,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":582
+  /* "ivshmem/native/descriptors.pyx":580
  * 
  * 
  * cdef int epoll_sleep(int epfd, epoll_event *events, int limit, int64_t deadline) except -2:             # <<<<<<<<<<<<<<
@@ -14005,7 +14155,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(int __pyx_v_epfd, 
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":603
+/* "ivshmem/native/descriptors.pyx":601
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14028,7 +14178,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail_with", 0);
 
-  /* "ivshmem/native/descriptors.pyx":604
+  /* "ivshmem/native/descriptors.pyx":602
  * 
  * cdef int fail_with(int code) except -1:
  *     raise OSError(code, strerror(code).decode())             # <<<<<<<<<<<<<<
@@ -14036,15 +14186,15 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
  * 
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
   __pyx_t_4 = strerror(__pyx_v_code);
-  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 604, __pyx_L1_error)
-  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_decode_c_string(__pyx_t_4, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
 
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 604, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_6)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 602, __pyx_L1_error)
   __pyx_t_7 = 1;
   {
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_6};
@@ -14052,14 +14202,14 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 604, __pyx_L1_error)
+  __PYX_ERR(0, 602, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":603
+  /* "ivshmem/native/descriptors.pyx":601
  * 
  * 
  * cdef int fail_with(int code) except -1:             # <<<<<<<<<<<<<<
@@ -14080,7 +14230,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_fail_with(int __pyx_v_code) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":613
+/* "ivshmem/native/descriptors.pyx":611
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14137,7 +14287,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/descriptors.pyx":614
+  /* "ivshmem/native/descriptors.pyx":612
  * 
  *     def __cinit__(self):
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14146,7 +14296,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":615
+  /* "ivshmem/native/descriptors.pyx":613
  *     def __cinit__(self):
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)             # <<<<<<<<<<<<<<
@@ -14155,7 +14305,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   __pyx_v_self->fd = timerfd_create(CLOCK_MONOTONIC, (TFD_CLOEXEC | TFD_NONBLOCK));
 
-  /* "ivshmem/native/descriptors.pyx":616
+  /* "ivshmem/native/descriptors.pyx":614
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14167,17 +14317,17 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":617
+    /* "ivshmem/native/descriptors.pyx":615
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def fileno(self):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 617, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":616
+    /* "ivshmem/native/descriptors.pyx":614
  *         self.fd = -1
  *         self.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14186,7 +14336,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":613
+  /* "ivshmem/native/descriptors.pyx":611
  *     cdef int fd
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -14205,7 +14355,7 @@ static int __pyx_pf_7ivshmem_6native_11descriptors_5Timer___cinit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":619
+/* "ivshmem/native/descriptors.pyx":617
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14269,7 +14419,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/native/descriptors.pyx":620
+  /* "ivshmem/native/descriptors.pyx":618
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14281,7 +14431,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":621
+    /* "ivshmem/native/descriptors.pyx":619
  *     def fileno(self):
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")             # <<<<<<<<<<<<<<
@@ -14289,7 +14439,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 621, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14308,14 +14458,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 621, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 619, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 621, __pyx_L1_error)
+    __PYX_ERR(0, 619, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":620
+    /* "ivshmem/native/descriptors.pyx":618
  * 
  *     def fileno(self):
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -14324,14 +14474,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":622
+  /* "ivshmem/native/descriptors.pyx":620
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
  *         return self.fd             # <<<<<<<<<<<<<<
  * 
  *     def set(self, double seconds):
 */
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 622, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 620, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -14344,7 +14494,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":619
+  /* "ivshmem/native/descriptors.pyx":617
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -14365,7 +14515,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_2fileno(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":624
+/* "ivshmem/native/descriptors.pyx":622
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14413,32 +14563,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_seconds,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 624, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 622, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 624, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 622, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 624, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "set", 0) < (0)) __PYX_ERR(0, 622, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 624, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, i); __PYX_ERR(0, 622, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 624, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 622, __pyx_L3_error)
     }
-    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 624, __pyx_L3_error)
+    __pyx_v_seconds = __Pyx_PyFloat_AsDouble(values[0]); if (unlikely((__pyx_v_seconds == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 622, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 624, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("set", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 622, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14474,7 +14624,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("set", 0);
 
-  /* "ivshmem/native/descriptors.pyx":627
+  /* "ivshmem/native/descriptors.pyx":625
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))             # <<<<<<<<<<<<<<
@@ -14483,7 +14633,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   (void)(memset((&__pyx_v_spec), 0, (sizeof(__pyx_v_spec))));
 
-  /* "ivshmem/native/descriptors.pyx":628
+  /* "ivshmem/native/descriptors.pyx":626
  *         cdef itimerspec spec
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds             # <<<<<<<<<<<<<<
@@ -14492,7 +14642,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_sec = ((long)__pyx_v_seconds);
 
-  /* "ivshmem/native/descriptors.pyx":629
+  /* "ivshmem/native/descriptors.pyx":627
  *         memset(&spec, 0, sizeof(spec))
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)             # <<<<<<<<<<<<<<
@@ -14501,7 +14651,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   __pyx_v_spec.it_value.tv_nsec = ((long)((__pyx_v_seconds - ((long)__pyx_v_seconds)) * 1e9));
 
-  /* "ivshmem/native/descriptors.pyx":630
+  /* "ivshmem/native/descriptors.pyx":628
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14515,10 +14665,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 630, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_As_int(__pyx_t_1); if (unlikely((__pyx_t_4 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 628, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_5 = (timerfd_settime(__pyx_t_4, 0, (&__pyx_v_spec), NULL) < 0);
 
@@ -14526,17 +14676,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/native/descriptors.pyx":631
+    /* "ivshmem/native/descriptors.pyx":629
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:
  *             fail()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 629, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":630
+    /* "ivshmem/native/descriptors.pyx":628
  *         spec.it_value.tv_sec = <long>seconds
  *         spec.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
  *         if timerfd_settime(self.fileno(), 0, &spec, NULL) < 0:             # <<<<<<<<<<<<<<
@@ -14545,7 +14695,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":624
+  /* "ivshmem/native/descriptors.pyx":622
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
@@ -14568,7 +14718,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_4set(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":633
+/* "ivshmem/native/descriptors.pyx":631
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14627,7 +14777,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   int __pyx_t_2;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/descriptors.pyx":634
+  /* "ivshmem/native/descriptors.pyx":632
  * 
  *     def close(self):
  *         cdef int fd = self.fd             # <<<<<<<<<<<<<<
@@ -14638,7 +14788,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 
   __pyx_v_fd = __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":635
+  /* "ivshmem/native/descriptors.pyx":633
  *     def close(self):
  *         cdef int fd = self.fd
  *         self.fd = -1             # <<<<<<<<<<<<<<
@@ -14647,7 +14797,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   __pyx_v_self->fd = -1;
 
-  /* "ivshmem/native/descriptors.pyx":636
+  /* "ivshmem/native/descriptors.pyx":634
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14659,7 +14809,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/descriptors.pyx":637
+    /* "ivshmem/native/descriptors.pyx":635
  *         self.fd = -1
  *         if fd >= 0:
  *             c_close(fd)             # <<<<<<<<<<<<<<
@@ -14668,7 +14818,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
     (void)(close(__pyx_v_fd));
 
-    /* "ivshmem/native/descriptors.pyx":636
+    /* "ivshmem/native/descriptors.pyx":634
  *         cdef int fd = self.fd
  *         self.fd = -1
  *         if fd >= 0:             # <<<<<<<<<<<<<<
@@ -14677,7 +14827,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":633
+  /* "ivshmem/native/descriptors.pyx":631
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -14693,7 +14843,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_6close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":639
+/* "ivshmem/native/descriptors.pyx":637
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14717,7 +14867,7 @@ static void __pyx_pw_7ivshmem_6native_11descriptors_5Timer_9__dealloc__(PyObject
 static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct __pyx_obj_7ivshmem_6native_11descriptors_Timer *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/descriptors.pyx":640
+  /* "ivshmem/native/descriptors.pyx":638
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14729,7 +14879,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":641
+    /* "ivshmem/native/descriptors.pyx":639
  *     def __dealloc__(self):
  *         if self.fd >= 0:
  *             c_close(self.fd)             # <<<<<<<<<<<<<<
@@ -14738,7 +14888,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "ivshmem/native/descriptors.pyx":640
+    /* "ivshmem/native/descriptors.pyx":638
  * 
  *     def __dealloc__(self):
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
@@ -14747,7 +14897,7 @@ static void __pyx_pf_7ivshmem_6native_11descriptors_5Timer_8__dealloc__(struct _
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":639
+  /* "ivshmem/native/descriptors.pyx":637
  *             c_close(fd)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -14823,7 +14973,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_10__reduce_cytho
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  __PYX_ERR(2, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -14887,32 +15037,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14947,7 +15097,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
+  __PYX_ERR(2, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -14965,7 +15115,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_5Timer_12__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":644
+/* "ivshmem/native/descriptors.pyx":642
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15003,7 +15153,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fork_sharing_files", 0);
 
-  /* "ivshmem/native/descriptors.pyx":655
+  /* "ivshmem/native/descriptors.pyx":653
  *     cdef long pid
  *     cdef int code
  *     PyOS_BeforeFork()             # <<<<<<<<<<<<<<
@@ -15012,7 +15162,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_BeforeFork();
 
-  /* "ivshmem/native/descriptors.pyx":656
+  /* "ivshmem/native/descriptors.pyx":654
  *     cdef int code
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()             # <<<<<<<<<<<<<<
@@ -15021,7 +15171,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_pid = ivshmem_fork_sharing_files();
 
-  /* "ivshmem/native/descriptors.pyx":657
+  /* "ivshmem/native/descriptors.pyx":655
  *     PyOS_BeforeFork()
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno             # <<<<<<<<<<<<<<
@@ -15030,7 +15180,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   __pyx_v_code = errno;
 
-  /* "ivshmem/native/descriptors.pyx":658
+  /* "ivshmem/native/descriptors.pyx":656
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15042,7 +15192,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":659
+    /* "ivshmem/native/descriptors.pyx":657
  *     code = errno
  *     if pid == 0:
  *         PyOS_AfterFork_Child()             # <<<<<<<<<<<<<<
@@ -15051,7 +15201,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
     PyOS_AfterFork_Child();
 
-    /* "ivshmem/native/descriptors.pyx":660
+    /* "ivshmem/native/descriptors.pyx":658
  *     if pid == 0:
  *         PyOS_AfterFork_Child()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15069,7 +15219,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":658
+    /* "ivshmem/native/descriptors.pyx":656
  *     pid = ivshmem_fork_sharing_files()
  *     code = errno
  *     if pid == 0:             # <<<<<<<<<<<<<<
@@ -15078,7 +15228,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":661
+  /* "ivshmem/native/descriptors.pyx":659
  *         PyOS_AfterFork_Child()
  *         return 0
  *     PyOS_AfterFork_Parent()             # <<<<<<<<<<<<<<
@@ -15087,7 +15237,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   PyOS_AfterFork_Parent();
 
-  /* "ivshmem/native/descriptors.pyx":662
+  /* "ivshmem/native/descriptors.pyx":660
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15099,17 +15249,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":663
+    /* "ivshmem/native/descriptors.pyx":661
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:
  *         fail_with(code)             # <<<<<<<<<<<<<<
  *     return pid
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 663, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":662
+    /* "ivshmem/native/descriptors.pyx":660
  *         return 0
  *     PyOS_AfterFork_Parent()
  *     if pid < 0:             # <<<<<<<<<<<<<<
@@ -15118,14 +15268,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":664
+  /* "ivshmem/native/descriptors.pyx":662
  *     if pid < 0:
  *         fail_with(code)
  *     return pid             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 664, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_v_pid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15138,7 +15288,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":644
+  /* "ivshmem/native/descriptors.pyx":642
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
@@ -15159,7 +15309,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_fork_sharing_files(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":667
+/* "ivshmem/native/descriptors.pyx":665
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15209,46 +15359,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directory,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 667, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 665, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 667, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 665, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 667, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "rename_exclusive", 0) < (0)) __PYX_ERR(0, 665, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 667, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, i); __PYX_ERR(0, 665, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 665, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 665, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 665, __pyx_L3_error)
     }
-    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 667, __pyx_L3_error)
+    __pyx_v_directory = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directory == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 665, __pyx_L3_error)
     __pyx_v_source = values[1];
     __pyx_v_target = values[2];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 667, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("rename_exclusive", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 665, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15292,7 +15442,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("rename_exclusive", 0);
 
-  /* "ivshmem/native/descriptors.pyx":673
+  /* "ivshmem/native/descriptors.pyx":671
  *         OSError: EEXIST; EINVAL or ENOSYS if the file system or the kernel cannot do it.
  *     """
  *     cdef bytes old = os.fsencode(source)             # <<<<<<<<<<<<<<
@@ -15300,9 +15450,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *old_text = old
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 673, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 673, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -15322,14 +15472,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 671, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 673, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 671, __pyx_L1_error)
   __pyx_v_old = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":674
+  /* "ivshmem/native/descriptors.pyx":672
  *     """
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)             # <<<<<<<<<<<<<<
@@ -15337,9 +15487,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
  *     cdef const char *new_text = new
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 674, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 672, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 674, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_fsencode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 672, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -15359,14 +15509,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 674, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 672, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 674, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 672, __pyx_L1_error)
   __pyx_v_new = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":675
+  /* "ivshmem/native/descriptors.pyx":673
  *     cdef bytes old = os.fsencode(source)
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old             # <<<<<<<<<<<<<<
@@ -15375,12 +15525,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_old == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 675, __pyx_L1_error)
+    __PYX_ERR(0, 673, __pyx_L1_error)
   }
-  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 675, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_AsString(__pyx_v_old); if (unlikely((!__pyx_t_6) && PyErr_Occurred())) __PYX_ERR(0, 673, __pyx_L1_error)
   __pyx_v_old_text = __pyx_t_6;
 
-  /* "ivshmem/native/descriptors.pyx":676
+  /* "ivshmem/native/descriptors.pyx":674
  *     cdef bytes new = os.fsencode(target)
  *     cdef const char *old_text = old
  *     cdef const char *new_text = new             # <<<<<<<<<<<<<<
@@ -15389,12 +15539,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   if (unlikely(__pyx_v_new == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 676, __pyx_L1_error)
+    __PYX_ERR(0, 674, __pyx_L1_error)
   }
-  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 676, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyBytes_AsString(__pyx_v_new); if (unlikely((!__pyx_t_7) && PyErr_Occurred())) __PYX_ERR(0, 674, __pyx_L1_error)
   __pyx_v_new_text = __pyx_t_7;
 
-  /* "ivshmem/native/descriptors.pyx":678
+  /* "ivshmem/native/descriptors.pyx":676
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15407,7 +15557,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/native/descriptors.pyx":679
+        /* "ivshmem/native/descriptors.pyx":677
  *     cdef long result
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)             # <<<<<<<<<<<<<<
@@ -15417,7 +15567,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
         __pyx_v_result = ivshmem_rename_exclusive(__pyx_v_directory, __pyx_v_old_text, __pyx_v_new_text);
       }
 
-      /* "ivshmem/native/descriptors.pyx":678
+      /* "ivshmem/native/descriptors.pyx":676
  *     cdef const char *new_text = new
  *     cdef long result
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -15434,7 +15584,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
       }
   }
 
-  /* "ivshmem/native/descriptors.pyx":680
+  /* "ivshmem/native/descriptors.pyx":678
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15446,17 +15596,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/native/descriptors.pyx":681
+    /* "ivshmem/native/descriptors.pyx":679
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:
  *         fail()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 681, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 679, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":680
+    /* "ivshmem/native/descriptors.pyx":678
  *     with nogil:
  *         result = ivshmem_rename_exclusive(directory, old_text, new_text)
  *     if result < 0:             # <<<<<<<<<<<<<<
@@ -15465,7 +15615,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":667
+  /* "ivshmem/native/descriptors.pyx":665
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
@@ -15494,7 +15644,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_2rename_exclusive(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":684
+/* "ivshmem/native/descriptors.pyx":682
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15517,7 +15667,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_count", 0);
 
-  /* "ivshmem/native/descriptors.pyx":686
+  /* "ivshmem/native/descriptors.pyx":684
  * cdef int64_t take_count(int fd) except -1:
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)             # <<<<<<<<<<<<<<
@@ -15526,7 +15676,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   __pyx_v_count = __pyx_f_7ivshmem_6native_11descriptors_look(__pyx_v_fd);
 
-  /* "ivshmem/native/descriptors.pyx":687
+  /* "ivshmem/native/descriptors.pyx":685
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15538,7 +15688,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/descriptors.pyx":688
+    /* "ivshmem/native/descriptors.pyx":686
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -15546,7 +15696,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
  *         fail_with(<int>-count)
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 686, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     {
@@ -15554,14 +15704,14 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 688, __pyx_L1_error)
+    __PYX_ERR(0, 686, __pyx_L1_error)
 
-    /* "ivshmem/native/descriptors.pyx":687
+    /* "ivshmem/native/descriptors.pyx":685
  *     """Do what `look` does, but raise OSError on failure."""
  *     cdef int64_t count = look(fd)
  *     if count == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15570,7 +15720,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":689
+  /* "ivshmem/native/descriptors.pyx":687
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15582,17 +15732,17 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":690
+    /* "ivshmem/native/descriptors.pyx":688
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:
  *         fail_with(<int>-count)             # <<<<<<<<<<<<<<
  *     return count
  * 
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 690, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_count))); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 688, __pyx_L1_error)
 
 
-    /* "ivshmem/native/descriptors.pyx":689
+    /* "ivshmem/native/descriptors.pyx":687
  *     if count == -EINVAL:
  *         raise OSError(EINVAL, "a vector's descriptor is not an eventfd")
  *     if count < 0:             # <<<<<<<<<<<<<<
@@ -15601,7 +15751,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":691
+  /* "ivshmem/native/descriptors.pyx":689
  *     if count < 0:
  *         fail_with(<int>-count)
  *     return count             # <<<<<<<<<<<<<<
@@ -15614,7 +15764,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":684
+  /* "ivshmem/native/descriptors.pyx":682
  * 
  * 
  * cdef int64_t take_count(int fd) except -1:             # <<<<<<<<<<<<<<
@@ -15636,7 +15786,7 @@ static int64_t __pyx_f_7ivshmem_6native_11descriptors_take_count(int __pyx_v_fd)
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":694
+/* "ivshmem/native/descriptors.pyx":692
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -15684,32 +15834,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 694, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 692, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "count_of_eventfd", 0) < (0)) __PYX_ERR(0, 692, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 694, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, i); __PYX_ERR(0, 692, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 694, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 694, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 692, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 694, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("count_of_eventfd", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 692, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15756,7 +15906,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("count_of_eventfd", 0);
 
-  /* "ivshmem/native/descriptors.pyx":696
+  /* "ivshmem/native/descriptors.pyx":694
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -15765,9 +15915,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
   /*with:*/ {
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 696, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_proc_self_fdinfo, __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -15776,13 +15926,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_open, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 696, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 694, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 696, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_2 = NULL;
-    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 696, __pyx_L3_error)
+    __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L3_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15801,7 +15951,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L3_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __pyx_t_3 = __pyx_t_4;
@@ -15819,7 +15969,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           __pyx_v_info = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":697
+          /* "ivshmem/native/descriptors.pyx":695
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -15831,9 +15981,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __pyx_t_10 = 0;
             __pyx_t_11 = NULL;
           } else {
-            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 697, __pyx_L7_error)
+            __pyx_t_10 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_info); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 697, __pyx_L7_error)
+            __pyx_t_11 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 695, __pyx_L7_error)
           }
           for (;;) {
             if (likely(!__pyx_t_11)) {
@@ -15841,7 +15991,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 697, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 695, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -15851,7 +16001,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 697, __pyx_L7_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 695, __pyx_L7_error)
                   #endif
                   if (__pyx_t_10 >= __pyx_temp) break;
                 }
@@ -15862,13 +16012,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 #endif
                 ++__pyx_t_10;
               }
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 697, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L7_error)
             } else {
               __pyx_t_1 = __pyx_t_11(__pyx_t_3);
               if (unlikely(!__pyx_t_1)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 697, __pyx_L7_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 695, __pyx_L7_error)
                   PyErr_Clear();
                 }
                 break;
@@ -15878,7 +16028,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XDECREF_SET(__pyx_v_line, __pyx_t_1);
             __pyx_t_1 = 0;
 
-            /* "ivshmem/native/descriptors.pyx":698
+            /* "ivshmem/native/descriptors.pyx":696
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -15892,15 +16042,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_b_eventfd_count};
               __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_startswith, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 698, __pyx_L7_error)
+              if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 696, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_1);
             }
-            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 698, __pyx_L7_error)
+            __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 696, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             if (__pyx_t_12) {
 
 
-              /* "ivshmem/native/descriptors.pyx":699
+              /* "ivshmem/native/descriptors.pyx":697
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)             # <<<<<<<<<<<<<<
@@ -15915,10 +16065,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 PyObject *__pyx_callargs[2] = {__pyx_t_13, NULL};
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_split, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L7_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 697, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
-              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 699, __pyx_L7_error)
+              __pyx_t_13 = __Pyx_GetItemInt(__pyx_t_2, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 697, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_13);
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
               __pyx_t_5 = 1;
@@ -15927,7 +16077,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
                 __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyLong_Type), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
                 __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 699, __pyx_L7_error)
+                if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 697, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_1);
               }
               {
@@ -15942,7 +16092,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
               __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
               goto __pyx_L11_try_return;
 
-              /* "ivshmem/native/descriptors.pyx":698
+              /* "ivshmem/native/descriptors.pyx":696
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:
  *             if line.startswith(b"eventfd-count:"):             # <<<<<<<<<<<<<<
@@ -15951,7 +16101,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
 */
             }
 
-            /* "ivshmem/native/descriptors.pyx":697
+            /* "ivshmem/native/descriptors.pyx":695
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
  *         for line in info:             # <<<<<<<<<<<<<<
@@ -15961,7 +16111,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/native/descriptors.pyx":696
+          /* "ivshmem/native/descriptors.pyx":694
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -15981,23 +16131,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         /*except:*/ {
           __Pyx_AddTraceback("ivshmem.native.descriptors.count_of_eventfd", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 696, __pyx_L9_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_1, &__pyx_t_13) < 0) __PYX_ERR(0, 694, __pyx_L9_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_1);
           __Pyx_XGOTREF(__pyx_t_13);
           {
             PyObject* __pyx_temp[3] = {__pyx_t_3, __pyx_t_1, __pyx_t_13};
-            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 696, __pyx_L9_except_error)
+            __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L9_except_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_4, NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 696, __pyx_L9_except_error)
+          if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 694, __pyx_L9_except_error)
           __Pyx_GOTREF(__pyx_t_14);
           __pyx_t_12 = __Pyx_PyObject_IsTrue(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-          if (__pyx_t_12 < (0)) __PYX_ERR(0, 696, __pyx_L9_except_error)
+          if (__pyx_t_12 < (0)) __PYX_ERR(0, 694, __pyx_L9_except_error)
           __pyx_t_15 = (!__pyx_t_12);
 
 
@@ -16008,7 +16158,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_1, __pyx_t_13);
             __pyx_t_3 = 0;  __pyx_t_1 = 0;  __pyx_t_13 = 0; 
-            __PYX_ERR(0, 696, __pyx_L9_except_error)
+            __PYX_ERR(0, 694, __pyx_L9_except_error)
           }
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -16040,7 +16190,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 696, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 694, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         }
@@ -16052,7 +16202,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
         if (__pyx_t_6) {
           __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 696, __pyx_L1_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 694, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
         }
@@ -16069,7 +16219,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_L20:;
   }
 
-  /* "ivshmem/native/descriptors.pyx":700
+  /* "ivshmem/native/descriptors.pyx":698
  *             if line.startswith(b"eventfd-count:"):
  *                 return int(line.split()[1], 16)
  *     raise OSError(EINVAL, "a vector's descriptor is not an eventfd")             # <<<<<<<<<<<<<<
@@ -16077,7 +16227,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
  * 
 */
   __pyx_t_1 = NULL;
-  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 698, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   {
@@ -16085,14 +16235,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
     __pyx_t_13 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 700, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 698, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
   }
   __Pyx_Raise(__pyx_t_13, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-  __PYX_ERR(0, 700, __pyx_L1_error)
+  __PYX_ERR(0, 698, __pyx_L1_error)
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":692
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
@@ -16117,7 +16267,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_11descriptors_4count_of_eventfd(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/native/descriptors.pyx":703
+/* "ivshmem/native/descriptors.pyx":701
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -16134,7 +16284,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/descriptors.pyx":716
+  /* "ivshmem/native/descriptors.pyx":714
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16160,7 +16310,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":717
+    /* "ivshmem/native/descriptors.pyx":715
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False             # <<<<<<<<<<<<<<
@@ -16173,7 +16323,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":716
+    /* "ivshmem/native/descriptors.pyx":714
  *     cdef iovec iov
  *     cdef file_stat one, other
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:             # <<<<<<<<<<<<<<
@@ -16182,7 +16332,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":718
+  /* "ivshmem/native/descriptors.pyx":716
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16208,7 +16358,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":719
+    /* "ivshmem/native/descriptors.pyx":717
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False             # <<<<<<<<<<<<<<
@@ -16221,7 +16371,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":718
+    /* "ivshmem/native/descriptors.pyx":716
  *     if c_fstat(fd, &one) < 0 or c_fstat(known, &other) < 0:
  *         return False
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:             # <<<<<<<<<<<<<<
@@ -16230,7 +16380,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":720
+  /* "ivshmem/native/descriptors.pyx":718
  *     if one.st_dev != other.st_dev or one.st_ino != other.st_ino:
  *         return False
  *     iov.iov_base = data             # <<<<<<<<<<<<<<
@@ -16239,7 +16389,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_base = __pyx_v_data;
 
-  /* "ivshmem/native/descriptors.pyx":721
+  /* "ivshmem/native/descriptors.pyx":719
  *         return False
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)             # <<<<<<<<<<<<<<
@@ -16248,7 +16398,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_data));
 
-  /* "ivshmem/native/descriptors.pyx":722
+  /* "ivshmem/native/descriptors.pyx":720
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16274,7 +16424,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/descriptors.pyx":723
+    /* "ivshmem/native/descriptors.pyx":721
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False             # <<<<<<<<<<<<<<
@@ -16287,7 +16437,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/descriptors.pyx":722
+    /* "ivshmem/native/descriptors.pyx":720
  *     iov.iov_base = data
  *     iov.iov_len = sizeof(data)
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:             # <<<<<<<<<<<<<<
@@ -16296,7 +16446,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   }
 
-  /* "ivshmem/native/descriptors.pyx":724
+  /* "ivshmem/native/descriptors.pyx":722
  *     if preadv2(fd, &iov, 1, -1, RWF_NOWAIT) >= 0 or errno != EINVAL:
  *         return False
  *     iov.iov_len = 0             # <<<<<<<<<<<<<<
@@ -16304,7 +16454,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
 */
   __pyx_v_iov.iov_len = 0;
 
-  /* "ivshmem/native/descriptors.pyx":725
+  /* "ivshmem/native/descriptors.pyx":723
  *         return False
  *     iov.iov_len = 0
  *     return writev(fd, &iov, 1) == 0             # <<<<<<<<<<<<<<
@@ -16315,7 +16465,7 @@ static int __pyx_f_7ivshmem_6native_11descriptors_is_eventfd(int __pyx_v_fd, int
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/descriptors.pyx":703
+  /* "ivshmem/native/descriptors.pyx":701
  * 
  * 
  * cdef bint is_eventfd(int fd, int known) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -17619,14 +17769,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__p
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Fd ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Fd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd)) __PYX_ERR(0, 100, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = &__pyx_type_7ivshmem_6native_11descriptors_Fd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
@@ -17636,8 +17786,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Fd(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Fd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17659,14 +17809,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_leave;
   __pyx_vtable_7ivshmem_6native_11descriptors_FdArray.release = (void (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *))__pyx_f_7ivshmem_6native_11descriptors_7FdArray_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_FdArray_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray)) __PYX_ERR(0, 149, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = &__pyx_type_7ivshmem_6native_11descriptors_FdArray;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
@@ -17678,7 +17828,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 151, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__getitem__"); if (unlikely(!wrapper)) __PYX_ERR(0, 149, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_14__getitem__.doc = __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_14__getitem__;
@@ -17688,7 +17838,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__iter__"); if (unlikely(!wrapper)) __PYX_ERR(0, 151, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, "__iter__"); if (unlikely(!wrapper)) __PYX_ERR(0, 149, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_16__iter__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_7ivshmem_6native_11descriptors_7FdArray_16__iter__.doc = __pyx_doc_7ivshmem_6native_11descriptors_7FdArray_16__iter__;
@@ -17696,9 +17846,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_FdArra
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_FdArray, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17718,14 +17868,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.submit = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_submit;
   __pyx_vtable_7ivshmem_6native_11descriptors_Signaller.send = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long))__pyx_f_7ivshmem_6native_11descriptors_9Signaller_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Signaller_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller)) __PYX_ERR(0, 320, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = &__pyx_type_7ivshmem_6native_11descriptors_Signaller;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
@@ -17735,12 +17885,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Signal
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Signaller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17759,14 +17909,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay = &__pyx_vtable_7ivshmem_6native_11descriptors_Relay;
   __pyx_vtable_7ivshmem_6native_11descriptors_Relay.fired = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *))__pyx_f_7ivshmem_6native_11descriptors_5Relay_fired;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 466, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Relay_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay)) __PYX_ERR(0, 464, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = &__pyx_type_7ivshmem_6native_11descriptors_Relay;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
@@ -17776,9 +17926,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Relay(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 466, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Relay, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17797,14 +17947,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
   __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll = &__pyx_vtable_7ivshmem_6native_11descriptors_Epoll;
   __pyx_vtable_7ivshmem_6native_11descriptors_Epoll.control = (int (*)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t))__pyx_f_7ivshmem_6native_11descriptors_5Epoll_control;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 519, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Epoll_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll)) __PYX_ERR(0, 517, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = &__pyx_type_7ivshmem_6native_11descriptors_Epoll;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
@@ -17814,9 +17964,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Epoll(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Epoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) < (0)) __PYX_ERR(0, 517, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17833,14 +17983,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_11descriptors_Timer ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_11descriptors_Timer_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer)) __PYX_ERR(0, 605, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer = &__pyx_type_7ivshmem_6native_11descriptors_Timer;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer);
@@ -17850,8 +18000,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_11descriptors_Timer(
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Timer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Timer) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17868,7 +18018,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -17878,7 +18028,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -18294,34 +18444,34 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_EPOLLHUP, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":119
+  /* "ivshmem/native/descriptors.pyx":117
  *         return self.number < 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the descriptor, which this object still owns."""
  *         if self.number < 0:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":125
+  /* "ivshmem/native/descriptors.pyx":123
  *         return self.number
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Close it, unless it has an owner. May be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Fd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18329,12 +18479,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -18343,30 +18493,30 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_2Fd_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Fd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":162
+  /* "ivshmem/native/descriptors.pyx":160
  *         self.fds = NULL
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def eventfds(Py_ssize_t count):
  *         """Return an array of `count` new eventfds: counter mode, non-blocking, close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_3eventfds, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_eventfds, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_4 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_5, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -18374,28 +18524,28 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_eventfds, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":181
+  /* "ivshmem/native/descriptors.pyx":179
  *         return array
  * 
  *     @staticmethod             # <<<<<<<<<<<<<<
  *     def copy(int fd):
  *         """Return an array of one copy of `fd`, made as by dup(2), close-on-exec.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_5copy, __Pyx_CYFUNCTION_STATICMETHOD | __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_copy, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = NULL;
-  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __Pyx_GetNameInClass(__pyx_t_4, (PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_6 = 1;
   {
@@ -18403,13 +18553,13 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_staticmethod, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 179, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_copy, __pyx_t_2) < (0)) __PYX_ERR(0, 179, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":195
+  /* "ivshmem/native/descriptors.pyx":193
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -18419,13 +18569,13 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
 
   __pyx_mstate_global->__pyx_k__2 = AT_FDCWD;
 
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(AT_FDCWD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_dir_fd, __pyx_t_4) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_7open, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_open, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -18433,82 +18583,82 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_open, __pyx_t_4) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":219
+  /* "ivshmem/native/descriptors.pyx":217
  *             PyErr_CheckSignals()
  * 
  *     def memfd(self, name, unsigned int flags):             # <<<<<<<<<<<<<<
  *         """Call memfd_create(2) and append the descriptor, as `open` does; return it.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_9memfd, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_memfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_memfd, __pyx_t_4) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":232
+  /* "ivshmem/native/descriptors.pyx":230
  *         return fd
  * 
  *     def take(self, fd):             # <<<<<<<<<<<<<<
  *         """Append `fd`, a number or an Fd. The array owns it from now on, even if this raises."""
  *         self.add(taken(fd))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_11take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 232, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":276
+  /* "ivshmem/native/descriptors.pyx":274
  *         return iter([self.fds[i] for i in range(len(self))])
  * 
  *     def signal(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Add 1 to eventfd `index`, which no other process may have; do nothing if closed."""
  *         cdef int code
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_19signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":286
+  /* "ivshmem/native/descriptors.pyx":284
  *             fail_with(code)
  * 
  *     def drain(self, Py_ssize_t index):             # <<<<<<<<<<<<<<
  *         """Set the count of eventfd `index` to 0, and return what it was.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_21drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":309
+  /* "ivshmem/native/descriptors.pyx":307
  *             self.release()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if ivshmem_shut(&self.state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_23close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18516,12 +18666,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_27__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18530,42 +18680,42 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_7FdArray_29__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_FdArray___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":348
+  /* "ivshmem/native/descriptors.pyx":346
  *                 self.close()
  * 
  *     def signal(self, fds):             # <<<<<<<<<<<<<<
  *         """Add 1 to each eventfd of a sequence. A full counter stays full."""
  *         cdef int batch[BATCH]
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_3signal, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_signal, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_signal, __pyx_t_4) < (0)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":403
+  /* "ivshmem/native/descriptors.pyx":401
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         if self.context and getpid() == self.pid:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18573,12 +18723,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_9__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18587,15 +18737,15 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_9Signaller_11__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Signaller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":417
+  /* "ivshmem/native/descriptors.pyx":415
  * 
  * # All endpoints of a process share a Signaller: fs.aio-max-nr has room for a few hundred in all.
  * cdef object _shared = None             # <<<<<<<<<<<<<<
@@ -18607,19 +18757,19 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_11descriptors__shared, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/native/descriptors.pyx":508
+  /* "ivshmem/native/descriptors.pyx":506
  *         return self.context != 0 and ivshmem_io_any_end(self.context)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop the polls. May be called twice."""
  *         cdef aio_context_t context = self.context
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 506, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 506, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18627,12 +18777,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18641,103 +18791,103 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Relay_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Relay___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":533
+  /* "ivshmem/native/descriptors.pyx":531
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.epfd < 0:
  *             raise ClosedError("the epoll object is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 533, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 531, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 533, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 531, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":547
+  /* "ivshmem/native/descriptors.pyx":545
  *         return 0
  * 
  *     def add(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         """Watch `fd`. EPOLLHUP and EPOLLERR are reported even if `events` is 0."""
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_5add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 547, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_4) < (0)) __PYX_ERR(0, 545, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":551
+  /* "ivshmem/native/descriptors.pyx":549
  *         self.control(EPOLL_CTL_ADD, fd, events, token)
  * 
  *     def modify(self, int fd, uint64_t token, unsigned int events):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_7modify, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_modify, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 551, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_modify, __pyx_t_4) < (0)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":554
+  /* "ivshmem/native/descriptors.pyx":552
  *         self.control(EPOLL_CTL_MOD, fd, events, token)
  * 
  *     def remove(self, int fd):             # <<<<<<<<<<<<<<
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_9remove, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 552, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 554, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_4) < (0)) __PYX_ERR(0, 552, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":557
+  /* "ivshmem/native/descriptors.pyx":555
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Wait for events, and return a list of (token, events).
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_11wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 555, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 557, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_wait, __pyx_t_4) < (0)) __PYX_ERR(0, 555, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":571
+  /* "ivshmem/native/descriptors.pyx":569
  *                 return [(events[i].data.u64, events[i].events) for i in range(n)]
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int epfd = self.epfd
  *         self.epfd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 569, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 569, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18745,12 +18895,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18759,57 +18909,57 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Epoll_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Epoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":619
+  /* "ivshmem/native/descriptors.pyx":617
  *             fail()
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         if self.fd < 0:
  *             raise ClosedError("the timer is closed")
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 619, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":624
+  /* "ivshmem/native/descriptors.pyx":622
  *         return self.fd
  * 
  *     def set(self, double seconds):             # <<<<<<<<<<<<<<
  *         """Make the descriptor readable `seconds` from now, and not before. 0: never."""
  *         cdef itimerspec spec
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 624, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_5set, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_set, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 622, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 624, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_set, __pyx_t_4) < (0)) __PYX_ERR(0, 622, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":633
+  /* "ivshmem/native/descriptors.pyx":631
  *             fail()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         cdef int fd = self.fd
  *         self.fd = -1
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Timer, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_4) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -18817,12 +18967,12 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_11__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":3
@@ -18831,57 +18981,57 @@ __Pyx_RefNannySetupContext("PyInit_descriptors", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5Timer_13__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Timer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":644
+  /* "ivshmem/native/descriptors.pyx":642
  * 
  * 
  * def fork_sharing_files():             # <<<<<<<<<<<<<<
  *     """Do what os.fork does, but share the table of descriptors: clone(2) with CLONE_FILES.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 644, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_1fork_sharing_files, 0, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 642, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 644, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fork_sharing_files, __pyx_t_4) < (0)) __PYX_ERR(0, 642, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":667
+  /* "ivshmem/native/descriptors.pyx":665
  * 
  * 
  * def rename_exclusive(int directory, source, target):             # <<<<<<<<<<<<<<
  *     """Rename in an open directory, unless `target` exists: renameat2(2), RENAME_NOREPLACE.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_3rename_exclusive, 0, __pyx_mstate_global->__pyx_n_u_rename_exclusive, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 665, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_rename_exclusive, __pyx_t_4) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/descriptors.pyx":694
+  /* "ivshmem/native/descriptors.pyx":692
  * 
  * 
  * def count_of_eventfd(int fd):             # <<<<<<<<<<<<<<
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_6native_11descriptors_5count_of_eventfd, 0, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_descriptors, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 694, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_count_of_eventfd, __pyx_t_4) < (0)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/descriptors.pyx":1
@@ -18935,8 +19085,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 162, __pyx_L1_error)
-  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 696, __pyx_L1_error)
+  __pyx_builtin_staticmethod = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_staticmethod); if (!__pyx_builtin_staticmethod) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_builtin_open = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_open); if (!__pyx_builtin_open) __PYX_ERR(0, 694, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -18959,7 +19109,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/descriptors.pyx":696
+  /* "ivshmem/native/descriptors.pyx":694
  * def count_of_eventfd(int fd):
  *     """Return the count of an eventfd without changing it: proc_pid_fdinfo(5)."""
  *     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:             # <<<<<<<<<<<<<<
@@ -18968,12 +19118,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 696, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/native/descriptors.pyx":195
+  /* "ivshmem/native/descriptors.pyx":193
  *         return array
  * 
  *     def open(self, path, int flags, unsigned int mode=0o777, *, int dir_fd=AT_FDCWD):             # <<<<<<<<<<<<<<
@@ -18982,12 +19132,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_511};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 195, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 193, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/native/descriptors.pyx":557
+  /* "ivshmem/native/descriptors.pyx":555
  *         self.control(EPOLL_CTL_DEL, fd, 0, 0)
  * 
  *     def wait(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18996,7 +19146,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 557, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 555, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19185,12 +19335,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 119};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 117};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4xr_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 123};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4xs_1D_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -19205,42 +19355,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 162};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 160};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_eventfds, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_E_aq_3l_A_s_A_q_Qa_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 179};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_array, __pyx_mstate->__pyx_n_u_other};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_copy, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_at_4A_6_1_T_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 1, 9, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_path, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_dir_fd, __pyx_mstate->__pyx_n_u_where, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_open, __pyx_mstate->__pyx_kp_b_iso88591_66K1_2Yaq_6_A_AQ_XQhfF_Kq_q_s_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_flags, __pyx_mstate->__pyx_n_u_called, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_memfd, __pyx_mstate->__pyx_kp_b_iso88591_A_Biq_l_86_1_3b_D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 232};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 230};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_D_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_wat4q_2S_L_F_1_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_z_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 307};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -19255,12 +19405,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 348};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 346};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fds, __pyx_mstate->__pyx_n_u_batch, __pyx_mstate->__pyx_n_u_first, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_signal, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_IU_3c_A_c_QiuA_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 403};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 401};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_F_S_A_at1_Kq_4vS_1D_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
@@ -19275,7 +19425,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 508};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 506};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_context};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_T_Kq_84vS_4q_aq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
@@ -19290,32 +19440,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 533};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 531};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4vRq_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 547};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 545};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 551};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 549};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_token, __pyx_mstate->__pyx_n_u_events};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_modify, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 554};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 552};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_A_HA_D_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 557};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 555};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_events, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_epfd, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_wait, __pyx_mstate->__pyx_kp_b_iso88591_1_1A_G1_1F_r_A_r_q_vV1Bit5_Qa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 571};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 569};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_epfd};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_A_IQ_5_1_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
@@ -19330,17 +19480,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 619};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_4t2Q_Qa_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 624};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 622};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seconds, __pyx_mstate->__pyx_n_u_spec};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_set, __pyx_mstate->__pyx_kp_b_iso88591_A_aq_c_IZvQ_I_1_4wd_QfF_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 631};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_d_G1_3c_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
@@ -19355,17 +19505,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 644};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 642};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pid, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_fork_sharing_files, __pyx_mstate->__pyx_kp_b_iso88591_1_A_1_t3a_A_q_t2Q_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_directory, __pyx_mstate->__pyx_n_u_source, __pyx_mstate->__pyx_n_u_target, __pyx_mstate->__pyx_n_u_old, __pyx_mstate->__pyx_n_u_new, __pyx_mstate->__pyx_n_u_old_text, __pyx_mstate->__pyx_n_u_new_text, __pyx_mstate->__pyx_n_u_result};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_rename_exclusive, __pyx_mstate->__pyx_kp_b_iso88591_Ry_Ry_Zq_wb_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 694};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 692};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_info, __pyx_mstate->__pyx_n_u_line};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_descriptors_pyx, __pyx_mstate->__pyx_n_u_count_of_eventfd, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_HA_t_aq_s_4vRq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
@@ -19721,27 +19871,6 @@ static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
     return result;
 }
 
-/* DivInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t q = a / b;
-    int64_t r = a - q*b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return q - adapt_python;
-}
-
-/* ModInt[int64_t] */
-static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
-    int64_t r = a % b;
-    int64_t adapt_python = (b_is_constant ?
-        ((r != 0) & ((r < 0) ^ (b < 0))) :
-        ((r != 0) & ((r ^ b) < 0))
-    );
-    return r + adapt_python * b;
-}
-
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
@@ -19965,6 +20094,27 @@ static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject 
 bad:
     Py_XDECREF(owned_instance);
     return;
+}
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
 }
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */

@@ -25,6 +25,21 @@ cdef int add_one_nowait(Signaller signaller, int fd) except -1
 cdef int add_one_if_room(int fd) noexcept nogil
 
 
+cdef inline double seconds_of(object timeout) except? -1:
+    """A time limit that is not None."""
+    cdef double seconds = timeout
+    if seconds != seconds:
+        raise ValueError("timeout is not a number")
+    return seconds
+
+
+cdef inline int check_timeout(object timeout) except -1:
+    """Refuse what is no time limit, also where nothing will wait."""
+    if timeout is not None and type(timeout) is not int:  # 0 as a rule: to convert it costs 10 ns
+        seconds_of(timeout)
+    return 0
+
+
 cdef inline int64_t now() noexcept nogil:
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)

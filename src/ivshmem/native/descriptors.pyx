@@ -82,9 +82,7 @@ cdef int64_t deadline_of(object timeout) except -1:
     cdef double seconds
     if timeout is None:
         return INT64_MAX
-    seconds = timeout
-    if seconds != seconds:
-        raise ValueError("timeout is not a number")
+    seconds = seconds_of(timeout)
     if seconds <= 0:
         return 0
     if seconds > 1e9:  # 31 years
