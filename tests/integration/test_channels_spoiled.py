@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from support.channel_records import Record
 from support.channel_waits import FULL, WAITS, Pair
+from support.loops import LOOPS, TaskSteps
 from support.waiting import Background, until
 
 from ivshmem import ClosedError, Directory, Region, channel
@@ -191,3 +193,41 @@ def test_a_creator_that_is_stopped(region: Region, monkeypatch: pytest.MonkeyPat
                 other.create_messages("name", limit=64, exist_ok=exist_ok)
         other.free_place(0)
         other.create_messages("name", limit=64)
+
+
+# -- words that lead tasks astray -------------------------------------------------------------------
+
+
+def head_of(region: Region, position: int) -> int:
+    """Where the head is of the only writer, which is at this position and the first in its slot."""
+    (at,) = [at for at in words_of(region) if load(region, at) == position << 24 | 1]
+    return at
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_task_does_not_look_all_the_time(region: Region, loop: str) -> None:
+    """A head says that there is something, which no reader finds: the task sleeps all the same."""
+
+    async def wait() -> tuple[int, float, bytes | None]:
+        began = time.monotonic()
+        counted = TaskSteps(asyncio.get_running_loop())
+        assert await asyncio.create_task(reader.get_async(0.2)) is None
+        steps, seconds = counted.steps, time.monotonic() - began
+        waiting = asyncio.create_task(reader.get_async(10))
+        await asyncio.sleep(0.05)
+        writer.put(b"it comes")
+        return steps, seconds, await waiting
+
+    with channel.open(region) as channels:
+        messages = channels.create_messages("log", limit=8, slots=4, writers=2)
+        with messages.writer() as writer, messages.reader() as reader:
+            for _ in range(3):
+                writer.put(b"x")
+            of_no_writer = head_of(region, 3) + 64
+            assert [reader.get(0) for _ in range(3)] == [b"x"] * 3
+            region.write(of_no_writer, (5 << 24 | 7).to_bytes(8, "little"))
+            running = LOOPS[loop]()
+            steps, seconds, found = running.run_until_complete(wait())
+            running.close()
+    assert steps < 64 + seconds / 0.001
+    assert found == b"it comes"

@@ -7,6 +7,13 @@ from ..native.spin cimport Probe, Spinner
 from .header cimport ivshmem_channel
 from .membership cimport Dependent, Membership
 
+cdef enum:
+    # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+    # peer's work: after so many it sleeps all the same.
+    FUTILE = 64
+    # Nanoseconds: where no ring can come, the longest pause between two looks.
+    LAST_PAUSE = 1_000_000
+
 
 cdef class Wakeup:
     cdef Membership membership

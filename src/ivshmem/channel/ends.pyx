@@ -35,13 +35,9 @@ import weakref
 
 from ..errors import ClosedError
 
-# Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
+# Nanoseconds: where no ring can come, the shortest pause between two looks.
 cdef int64_t FIRST_PAUSE = 20_000
-cdef int64_t LAST_PAUSE = 1_000_000
-# A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
-# peer's work: after so many it sleeps all the same.
 cdef enum:
-    FUTILE = 64
     FIRST_LOOKS = 256  # of a spin, with the GIL: one or two microseconds
 
 

@@ -17,7 +17,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 
 from ..native.syscalls cimport IVSHMEM_CLOSING, ivshmem_state
-from .ends cimport ChannelEnd, Wakeup
+from .ends cimport FUTILE, LAST_PAUSE, ChannelEnd, Wakeup
 from .membership cimport Membership
 
 import weakref
@@ -169,7 +169,7 @@ cdef class Sleep:
     """
 
     cdef ChannelEnd end
-    cdef LoopWatch watch
+    cdef LoopWatch watch  # None: a pause, which only its timer ends
     cdef object timer
     cdef object callback  # the task's; None: no task sleeps on this, or it is woken
     cdef object context
@@ -188,8 +188,9 @@ cdef class Sleep:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        self.watch.sleeps.pop(self, None)
-        self.end.end_waiting()
+        if self.watch is not None:
+            self.watch.sleeps.pop(self, None)
+            self.end.end_waiting()
         return 0
 
     # Called by the task.
@@ -254,6 +255,16 @@ cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):
     return sleep
 
 
+cdef Sleep pause(object loop, object deadline):
+    """Begin to sleep until the next look, whatever the memory says."""
+    cdef Sleep sleep = Sleep.__new__(Sleep)
+    cdef object until = loop.time() + LAST_PAUSE / 1e9
+    sleep._loop = loop
+    sleep.timer = loop.call_at(until if deadline is None else min(until, deadline), sleep.expire)
+    sleep._asyncio_future_blocking = True
+    return sleep
+
+
 cdef enum:
     NEW, SUSPENDED, OVER  # the state of a Waiting
 
@@ -275,6 +286,7 @@ cdef class Waiting:
     cdef object loop
     cdef object deadline  # by the loop's clock, or None
     cdef int state
+    cdef int futile  # looks that found nothing, although the memory said that there is something
     cdef Sleep sleep  # while its task sleeps
 
     def __init__(self, *args, **kwargs):
@@ -341,6 +353,10 @@ cdef class Waiting:
             if self.loop is None:
                 self.find_loop()
             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+            if self.sleep is None:
+                self.futile += 1
+                if self.futile > FUTILE:
+                    self.sleep = pause(self.loop, self.deadline)
             if self.sleep is not None:
                 break
         self.state = SUSPENDED
