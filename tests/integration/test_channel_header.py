@@ -198,6 +198,11 @@ def test_positions_that_wrap(build: Build) -> None:
     assert output_of(build("wrapped", *ADDRESSES)) == "ended well\n"
 
 
+def test_positions_that_are_old(build: Build) -> None:
+    """Also of what a reader keeps while others read 2^27 to 2^40 messages more."""
+    assert output_of(build("positions", *ADDRESSES)) == "ended well\n"
+
+
 def test_it_reads_the_directory(build: Build) -> None:
     """The area, and whom to ring, as Python stored it."""
     program = build("directory", *ADDRESSES)

@@ -195,13 +195,34 @@ def test_a_creator_that_is_stopped(region: Region, monkeypatch: pytest.MonkeyPat
         other.create_messages("name", limit=64)
 
 
-# -- words that lead tasks astray -------------------------------------------------------------------
+# -- words that lead tasks astray -----------------------------------------------------------------
 
 
 def head_of(region: Region, position: int) -> int:
     """Where the head is of the only writer, which is at this position and the first in its slot."""
     (at,) = [at for at in words_of(region) if load(region, at) == position << 24 | 1]
     return at
+
+
+def move(region: Region, at: int, distance: int) -> None:
+    """Let a position in memory be another one."""
+    region.write(at, (load(region, at) + (distance << 24)).to_bytes(8, "little"))
+
+
+@pytest.mark.parametrize("distance", [1 << 27, 1 << 28, 1 << 39])
+def test_what_a_reader_keeps_for_long_is_unfinished(region: Region, distance: int) -> None:
+    """The writer passes over it, up to positions that a claim has no bits for."""
+    with channel.open(region) as channels:
+        jobs = channels.create_queue("jobs", limit=8, slots=4)
+        with jobs.writer() as writer, jobs.reader() as reader:
+            writer.put(b"long")
+            with reader.take():
+                for _ in range(6):
+                    writer.put(b"short")
+                    assert reader.get(0) == b"short"
+                move(region, head_of(region, 8), distance)
+                assert channels.list()[0].unfinished == 1
+            assert channels.list()[0].unfinished == 0
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -1,6 +1,6 @@
 """Queue: each message goes to one of the readers (DESIGN, section 5).
 
-Knows: claims, redelivery, skipping busy entries, passing a ring on.
+Knows: claims whose positions wrap, redelivery, skipping busy entries, passing a ring on.
 Does not know: slots' take-over; what the queue has in common with messages (`messages` shows it).
 Invariants: of one message, `get` notes at most one ("got", message); `take` notes each delivery,
 and at most one success.
@@ -40,7 +40,7 @@ ONCE: Final = "once"
 
 
 class Claim(NamedTuple):
-    position: int
+    position: int  # modulo `Queue.modulus`
     state: str
     reader: str = ""  # its slot and epoch, hence its place
 
@@ -63,7 +63,7 @@ class Queue:
     ways: tuple[str, ...] = (
         "get",
         "get",
-    )  # of the readers: get, take, one, fail, second, hold, limit, heir
+    )  # of the readers: get, take, one, fail, second, hold, return, rest, limit, heir
     mortal: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     closes: bool = True
@@ -71,6 +71,7 @@ class Queue:
     spurious: frozenset[str] = frozenset()
     most: tuple[int, ...] = ()  # each reader ends after so many messages
     counted: int = 1  # see Role
+    modulus: int = 1 << 28  # of the positions that claims have; at least twice `slots`
     ordered: bool = False  # with the store barriers that the C header has and need not have
 
     def case(self, without: Iterable[str] = ()) -> Case:
@@ -80,7 +81,7 @@ class Queue:
             processes[f"w{w}"] = partial(self._put, w, without)
             words["head", w] = (0, False)
             for i in range(self.slots):
-                words["claim", w, i] = Claim(i - self.slots, DONE)
+                words["claim", w, i] = Claim((i - self.slots) % self.modulus, DONE)
                 words["entry", w, i] = i
             for c in range(self.slots + 1):
                 words["cell", w, c] = None
@@ -94,6 +95,14 @@ class Queue:
 
     def _get(self, r: int, without: Iterable[str]) -> Process:
         return Consumer(self, r, without).run()
+
+    def position(self, head: int, claim: Claim) -> int:
+        """Return the last position before the head that can be a claim's."""
+        return head - 1 - (head - 1 - claim.position) % self.modulus
+
+    def is_passed(self, head: int, claim: Claim) -> bool:
+        """Whether the head has passed a claim, if its writer has not passed over it for long."""
+        return head - self.position(head, claim) <= self.modulus // 2
 
     def check(self, end: End) -> str | None:
         notes = [note for notes in end.notes.values() for note in notes]
@@ -115,7 +124,8 @@ class Queue:
                 for claim in busy
                 if isinstance(claim, Claim)
                 and claim.state in (OPENED, REDELIVER)
-                and claim.position < head[0]  # otherwise its writer died before it was published
+                # Otherwise its writer died before it was published.
+                and (claim.state == REDELIVER or self.is_passed(head[0], claim))
             ]
             if open_ and not {f"r{r}" for r in range(self.readers)} <= dead:
                 living = [r for r in range(self.readers) if f"r{r}" not in dead]
@@ -172,7 +182,7 @@ class Producer(Side):
         yield Store(("entry", w, i), self.spare)
         if self.queue.ordered:
             yield StoreBarrier()
-        yield Store(("claim", w, i), Claim(p, OPENED))
+        yield Store(("claim", w, i), Claim(p % self.queue.modulus, OPENED))
         yield Note(("put", w, number, p))
         yield from self.store_barrier("claim before head")
         self.spare, self.cells[i] = self.cells[i], self.spare
@@ -215,7 +225,7 @@ class Consumer(Side):
         self.behind: tuple[int, Claim] | None = None  # open again, or its reader has left it
 
     def run(self) -> Process:
-        if self.way == "second":
+        if self.way in ("second", "rest"):
             while not (yield Load("begun")):
                 yield LoadBarrier()
                 yield Wait()
@@ -238,7 +248,7 @@ class Consumer(Side):
             if found is not None:
                 yield from self.work(found)
                 self.got += bool(self.queue.most)
-                if self.way in ("one", "fail", "second", "hold"):
+                if self.way in ("one", "fail", "second", "hold", "return"):
                     return
             elif all(self.closed) and (yield from self.awaits()):
                 return
@@ -261,7 +271,7 @@ class Consumer(Side):
                 self.next[w] = n + 1
                 claim = yield Load(("claim", w, n % self.queue.slots))
                 yield LoadBarrier()
-                if claim.position == n and claim.state == OPENED:
+                if claim.position == n % self.queue.modulus and claim.state == OPENED:
                     found = yield from self.claim(w, claim)
                     if found is not None:
                         return found
@@ -293,18 +303,28 @@ class Consumer(Side):
             self.next[0] += 1
             claim = yield Load(("claim", 0, position % self.queue.slots))
             yield LoadBarrier()
-            if claim.position == position and claim.state == OPENED:
+            if claim.position == position % self.queue.modulus and claim.state == OPENED:
                 found = yield from self.claim(0, claim)
                 if found is not None:
                     return found
         for i in range(self.queue.slots):
             claim = yield Load(("claim", 0, i))
             yield LoadBarrier()
-            if claim.position < head and (yield from self.free(claim)):
+            if self.is_published(head, claim) and (yield from self.free(claim)):
                 found = yield from self.claim(0, claim)
                 if found is not None:
                     return found
         return None
+
+    def is_published(self, head: int, claim: Claim) -> bool:
+        """Whether the head has passed a claim: that of a message that a reader has, or had, too.
+
+        No writer passes over an open claim, so that its position tells. It passes over the others,
+        for so long that positions wrap.
+        """
+        if claim.state != OPENED and self.has("what was taken is published"):
+            return True
+        return self.queue.is_passed(head, claim)
 
     def free(self, claim: Claim) -> Steps:
         """Whether a message waits, or who has it is silent or gone."""
@@ -322,7 +342,7 @@ class Consumer(Side):
             yield CompareExchange(place, claim, Claim(claim.position, DONE))
             yield from self.wake(f"w{w}")
             return None
-        state = ONCE if self.way in ("get", "one", "second") else TAKEN
+        state = ONCE if self.way in ("get", "one", "second", "rest") else TAKEN
         mine = Claim(claim.position, state, self.name)
         if self.has("claims are exchanged"):
             if (yield CompareExchange(place, claim, mine)) != claim:
@@ -345,7 +365,7 @@ class Consumer(Side):
             for i in range(self.queue.slots):
                 claim = yield Load(("claim", w, i))
                 yield LoadBarrier()
-                if claim.position < head and claim.state in (OPENED, REDELIVER):
+                if self.is_published(head, claim) and claim.state in (OPENED, REDELIVER):
                     yield from self.wake_another()
                     return
 
@@ -377,11 +397,12 @@ class Consumer(Side):
         yield LoadBarrier()  # as the exchange is
         if mine.state == TAKEN and not redelivered and payload is not None:
             yield Note(("first", *payload))
-        if self.way == "hold" and mine.position == 0:
+        if self.way in ("hold", "return") and mine.position == 0:
             yield from self.hold(w)
-        if self.way == "fail" and not redelivered:
+        if self.way in ("fail", "return") and not redelivered:
             new = Claim(mine.position, REDELIVER)
-            yield from self.let_begin()
+            if self.way == "fail":
+                yield from self.let_begin()
             again = (yield CompareExchange(place, mine, new)) == mine
             if again and self.has("who fails rings"):
                 yield from self.wake_another()
@@ -408,8 +429,8 @@ class Consumer(Side):
             for i in range(self.queue.slots):
                 claim = yield Load(("claim", w, i))
                 yield LoadBarrier()
-                if claim.position < head and (yield from self.free(claim)):
-                    if claim.position < self.next[w]:
+                if self.is_published(head, claim) and (yield from self.free(claim)):
+                    if self.queue.position(head, claim) < self.next[w]:
                         self.behind = (w, claim)
                     return False
             if not self.closed[w] and (yield from self.gone(f"w{w}")):
@@ -431,6 +452,7 @@ POINTS = {
     "head before claim": "one reader",
     "reader looks again": "one reader",
     "reader sleep fence": "one reader",
+    "what was taken is published": "positions wrap",
     "who fails rings": "fail",
     "writer looks again": "one reader",
     "writer sleep fence": "one reader",
@@ -443,6 +465,9 @@ BY_DAY: dict[str, Queue] = {
     "time limit": Queue(ways=("limit", "one"), messages=1, closes=False, spurious=_R0),
     "a reader that acknowledges dies": Queue(ways=("take", "take"), messages=1, mortal=_R0),
     "a writer dies": Queue(messages=2, readers=1, ways=("get",), mortal=frozenset({"w0"})),
+    "positions wrap": Queue(
+        ways=("return", "rest"), messages=3, most=(1, 3), closes=False, modulus=4
+    ),
 }
 BY_NIGHT: dict[str, Queue] = {
     "a reader dies": Queue(messages=1, mortal=_R0),

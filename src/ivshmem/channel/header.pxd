@@ -373,7 +373,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_queue_has_more(const ivshmem_reader *reader)
     int ivshmem_has_claims(const ivshmem_channel *channel)
     uint64_t ivshmem_claim_at(const ivshmem_channel *channel, unsigned writer, uint64_t position)
-    uint64_t ivshmem_claim_age(uint64_t head, uint64_t claim)
+    int ivshmem_claim_is_published(uint64_t head, uint64_t claim)
     int ivshmem_call_waits(const ivshmem_writer *caller, uint64_t position)
     int ivshmem_listener_has_caller(const ivshmem_listener *listener)
     void ivshmem_full_fence(const ivshmem_memory *memory)

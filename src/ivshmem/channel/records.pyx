@@ -328,7 +328,7 @@ cdef dict usage(Membership membership, ivshmem_record *record):
                 for j in range(g.slots):
                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
-                        ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+                        ends["unfinished"] += ivshmem_claim_is_published(head, claim)
     for i in range(g.readers):
         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:

@@ -53,12 +53,22 @@ static inline int ivshmem_claim_exchange(const struct ivshmem_channel *channel, 
     return ivshmem_exchange(&channel->area.memory, channel->at + at, expected, desired);
 }
 
-/* How far a claim's position is before the head; 0: the head has not passed it, so that its message
- * is not published. */
-static inline uint64_t ivshmem_claim_age(uint64_t head, uint64_t claim)
+/* The last position before the head that can be a claim's. A message that readers had for long may
+ * be older: its entry has the whole position. */
+static inline uint64_t ivshmem_claim_position(uint64_t head, uint64_t claim)
 {
-    uint64_t age = (head - (ivshmem_value(claim) >> 12)) & 0xfffffffu;
-    return age <= 0x7ffffffu ? age : 0;
+    uint64_t before = (head - 1 - (ivshmem_value(claim) >> 12)) & 0xfffffffu;
+    return (head - 1 - before) & IVSHMEM_VALUE_MASK;
+}
+
+/* Whether the head has passed a claim, which is not IVSHMEM_CLAIM_NONE; else its message is not
+ * published. A reader takes a claim only after that. The age of what a reader has, or had, tells
+ * nothing: the writer may have passed over it for any number of messages. But no writer passes over
+ * an open claim, so that its age is at most `slots`. */
+static inline int ivshmem_claim_is_published(uint64_t head, uint64_t claim)
+{
+    return ivshmem_flags(claim) != IVSHMEM_CLAIM_OPEN ||
+           ivshmem_ahead(head, ivshmem_claim_position(head, claim)) <= IVSHMEM_MOST_SLOTS;
 }
 
 /* The owner word of the reader's slot that a claim names; 0: there is no such slot. */
@@ -95,8 +105,7 @@ static inline int ivshmem_claim_ends(const struct ivshmem_channel *channel, unsi
     if (state == IVSHMEM_CLAIM_NONE)
         return 1;
     if (state == IVSHMEM_CLAIM_REPLIED || (is_call && state == IVSHMEM_CLAIM_OPEN) ||
-        (state == IVSHMEM_CLAIM_OPEN &&
-         ivshmem_claim_age(ivshmem_value(ivshmem_head(channel, writer)), claim) == 0) ||
+        !ivshmem_claim_is_published(ivshmem_value(ivshmem_head(channel, writer)), claim) ||
         ((state == IVSHMEM_CLAIM_ONCE || (is_call && state == IVSHMEM_CLAIM_TAKEN)) &&
          ivshmem_is_gone(&channel->area, ivshmem_claimer(channel, claim))))
         return ivshmem_writer_owner(channel, writer) == owner &&

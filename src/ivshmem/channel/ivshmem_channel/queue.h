@@ -85,28 +85,33 @@ struct ivshmem_taken {
     int redelivered;          /* another reader had it before */
 };
 
-/* Try to take the message at a position, whose claim was read. */
+/* Try to take the message at a position, whose claim was read. All that counts of the position are
+ * those bits that the claim has: the message is the one that is there. */
 static inline int ivshmem_queue_claim(struct ivshmem_reader *reader, unsigned writer,
                                       uint64_t position, uint64_t claim, enum ivshmem_claim as,
                                       struct ivshmem_taken *taken)
 {
     struct ivshmem_channel *channel = reader->channel;
+    uint64_t at = ivshmem_entry_at(channel, writer, position);
+    unsigned epoch = reader->sources[writer].epoch;
     int code;
     taken->claim_at = ivshmem_claim_at(channel, writer, position);
     taken->claim = ivshmem_claim_word(position, reader->slot, as, reader->epoch);
     taken->redelivered = ivshmem_flags(claim) != IVSHMEM_CLAIM_OPEN;
     if (!ivshmem_claim_exchange(channel, taken->claim_at, claim, taken->claim))
         return IVSHMEM_AGAIN;
-    code = ivshmem_entry_read(channel, ivshmem_entry_at(channel, writer, position), writer,
-                              position, reader->sources[writer].epoch, &taken->message);
+    code = ivshmem_entry_read(channel, at, writer, position, epoch, &taken->message);
+    position = ivshmem_value(taken->message.stamp);
+    if (code == IVSHMEM_OVERTAKEN && ivshmem_claim_is_of(taken->claim, position)) /* it is older */
+        code = ivshmem_entry_read(channel, at, writer, position, epoch, &taken->message);
     if (code == IVSHMEM_OVERTAKEN && ivshmem_get(channel, taken->claim_at) != taken->claim)
         return IVSHMEM_AGAIN; /* this process was taken for silent, and another reader has it */
     if (code == IVSHMEM_OVERTAKEN) /* no writer overtakes a claim: a word is spoiled */
-        code = ivshmem_corrupt(channel, "stamp", ivshmem_entry_at(channel, writer, position),
-                               taken->message.stamp, ivshmem_writer_owner(channel, writer));
+        code = ivshmem_corrupt(channel, "stamp", at, taken->message.stamp,
+                               ivshmem_writer_owner(channel, writer));
     if (code != 0) /* no reader can read it: remove it */
         ivshmem_claim_exchange(channel, taken->claim_at, taken->claim,
-                               ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_NONE, 0));
+                               ivshmem_claim_word(0, 0, IVSHMEM_CLAIM_NONE, 0));
     return code;
 }
 
@@ -166,14 +171,13 @@ static inline int ivshmem_queue_take(struct ivshmem_reader *reader, enum ivshmem
             if (code != IVSHMEM_AGAIN)
                 return code;
         }
-        /* What waits longer may be older than the slots say: its claim tells its position. */
+        /* What waits longer may be older than the slots say. */
         for (uint64_t slot = 0; thorough && slot < g->slots; slot++) {
             uint64_t claim = ivshmem_get(channel, ivshmem_claim_at(channel, writer, slot));
-            uint64_t age = ivshmem_claim_age(newest, claim);
             int code;
-            if (age == 0 || !ivshmem_queue_may(reader, claim, 1))
+            if (!ivshmem_claim_is_published(newest, claim) || !ivshmem_queue_may(reader, claim, 1))
                 continue;
-            code = ivshmem_queue_claim(reader, writer, (newest - age) & IVSHMEM_VALUE_MASK, claim,
+            code = ivshmem_queue_claim(reader, writer, ivshmem_claim_position(newest, claim), claim,
                                        as, taken);
             if (code != IVSHMEM_AGAIN)
                 return code;
@@ -234,7 +238,7 @@ static inline int ivshmem_queue_has_more(const struct ivshmem_reader *reader)
         uint64_t newest = ivshmem_value(ivshmem_head(channel, i));
         for (uint64_t slot = 0; slot < channel->record.geometry.slots; slot++) {
             uint64_t claim = ivshmem_get(channel, ivshmem_claim_at(channel, i, slot));
-            if (ivshmem_claim_age(newest, claim) != 0 && ivshmem_queue_may(reader, claim, 1))
+            if (ivshmem_claim_is_published(newest, claim) && ivshmem_queue_may(reader, claim, 1))
                 return 1;
         }
     }
