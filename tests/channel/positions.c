@@ -5,7 +5,12 @@
 
 static const struct ivshmem_geometry
     queue = {.kind = IVSHMEM_QUEUE, .writers = 1, .readers = 2, .slots = SLOTS, .loans = LOANS,
-             .views = 2, .limit = LONG};
+             .views = 2, .limit = LONG},
+    value = {.kind = IVSHMEM_VALUE, .overflow = IVSHMEM_OVERWRITE, .writers = 1, .readers = 2,
+             .slots = SLOTS, .loans = LOANS, .views = 2, .limit = LONG},
+    messages = {.kind = IVSHMEM_MESSAGES, .overflow = IVSHMEM_OVERWRITE | IVSHMEM_BLOCK,
+                .writers = 1, .readers = 2, .slots = SLOTS, .loans = LOANS, .views = 2,
+                .limit = LONG};
 static const uint64_t distances[] = {SLOTS, 1 << 27, 1 << 28, (1 << 28) + (1 << 27),
                                      UINT64_C(1) << 39, UINT64_C(1) << 40};
 
@@ -110,6 +115,55 @@ static void the_same_claim_again(uint64_t distance)
     CHECK(ivshmem_queue_done(&one.reader, &taken) == 0, 0);
 }
 
+/* A value has a content at each position; before its first one it has none. */
+static void values(void)
+{
+    struct ivshmem_message message;
+    begin(&value, 0);
+    CHECK(open_reader(&one, IVSHMEM_OVERWRITE) == 0, 0);
+    CHECK(ivshmem_value_look(&one.reader, &message) == IVSHMEM_AGAIN, 0);
+    begin(&value, IVSHMEM_VALUE_MASK - 1);
+    CHECK(open_reader(&one, IVSHMEM_OVERWRITE) == 0, 0);
+    for (uint64_t i = 0; i < 4; i++) {
+        CHECK(ivshmem_put(&writer.writer, filled(i), LONG, 0, i) == 0, i);
+        CHECK(ivshmem_value_look(&one.reader, &message) == 0, i);
+        CHECK(message.user == i, message.user);
+    }
+}
+
+/* A late reader gets the history across the place where positions wrap. */
+static void history(void)
+{
+    struct ivshmem_message message;
+    uint64_t words[WORDS];
+    begin(&messages, IVSHMEM_VALUE_MASK - 2);
+    for (uint64_t i = 0; i < SLOTS; i++)
+        CHECK(ivshmem_put(&writer.writer, filled(i), LONG, 0, i) == 0, i);
+    one.reader.channel = &one.channel;
+    one.reader.member = &one.member;
+    one.reader.overflow = IVSHMEM_OVERWRITE;
+    CHECK(ivshmem_reader_open(&one.reader, SLOTS - 1) == 0, 0);
+    for (uint64_t i = 1; i < SLOTS; i++) {
+        CHECK(ivshmem_read(&one.reader, &message, words, LONG) == 0, i);
+        CHECK(message.user == i && message.lost == 0, message.user);
+    }
+}
+
+/* A stopped reader that blocks falls behind until it seems to be ahead: no writer calls it corrupt. */
+static void a_reader_that_is_silent(void)
+{
+    begin(&messages, 0);
+    CHECK(open_reader(&one, IVSHMEM_BLOCK) == 0, 0);
+    CHECK(ivshmem_put(&writer.writer, filled(1), LONG, 0, 1) == 0, 0);
+    pass_lease(&writer);
+    for (unsigned i = 0; i < sizeof distances / sizeof *distances; i++) {
+        move(distances[i]);
+        writer.writer.bound = writer.writer.next;
+        for (uint64_t j = 0; j < 2 * SLOTS; j++)
+            CHECK(ivshmem_put(&writer.writer, filled(j), LONG, 0, j) == 0, i);
+    }
+}
+
 int main(void)
 {
     region = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -121,6 +175,9 @@ int main(void)
     }
     the_same_claim_again(UINT64_C(1) << 28);
     the_same_claim_again(UINT64_C(1) << 39);
+    values();
+    history();
+    a_reader_that_is_silent();
     printf("ended well\n");
     return 0;
 }

@@ -319,10 +319,10 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
             return IVSHMEM_AGAIN;
         }
         ahead = ivshmem_ahead(writer->next, ivshmem_value(tail));
-        if (ivshmem_is_behind(writer->next, ivshmem_value(tail)))
-            return ivshmem_corrupt(channel, "tail", ivshmem_row_at(channel, i, writer->slot), tail,
-                                   owner);
         if (ahead >= slots && !ivshmem_is_silent(writer->member, ivshmem_place_of(owner))) {
+            if (ivshmem_is_behind(writer->next, ivshmem_value(tail))) /* or silent for very long */
+                return ivshmem_corrupt(channel, "tail", ivshmem_row_at(channel, i, writer->slot),
+                                       tail, owner);
             writer->bound = writer->next;
             return IVSHMEM_AGAIN;
         }
