@@ -367,6 +367,12 @@ static int is_extra(struct label label, const char *function)
         return 1;
     if (label.class == READER && strcmp(function, "ivshmem_claimer_owner") == 0)
         return 1; /* a claim of the model names its reader, or server */
+    if (the_channel->record.geometry.kind == IVSHMEM_VALUE) {
+        if (label.class == WRITER) /* no reader frees the slot: its next owner does, as in the model */
+            return 0;
+        if (label.class == JOINS || label.class == WRITER_SLEEPER) /* the writer waits for nobody */
+            return 1;
+    }
     if (label.class == READER_SLEEPER && ivshmem_has_claims(the_channel))
         return 0; /* the model looks first whether any sleeps, too */
     switch (label.class) {
@@ -376,10 +382,13 @@ static int is_extra(struct label label, const char *function)
         return label.b % 8 != 0 && !has_two_parts;
     case REPLY: /* the payload is the model's */
         return label.b == 8 || label.b % 8 != 0;
-    case STAMP: case BACKLOG_STAMP: /* the model looks at it only behind the payload */
+    case STAMP: case BACKLOG_STAMP:
         if (ivshmem_has_claims(the_channel) || discards) /* there a claim, or the head, says the same */
             return 1;
-        return strcmp(function, "ivshmem_entry_read") == 0 ||
+        if (the_channel->record.geometry.kind == IVSHMEM_MESSAGES) /* the model looks behind the payload */
+            return strcmp(function, "ivshmem_entry_read") == 0;
+        /* With which epoch to read the entry: the model does not ask. */
+        return strcmp(function, "ivshmem_writer_adopt_one") == 0 ||
                strcmp(function, "ivshmem_value_look") == 0;
     case CLAIM: /* of a slot that is never used a look is no step of the model */
         if (label.b < 8 && !has_claim[label.a][label.b])
@@ -601,7 +610,8 @@ static struct party *follow_choose(void)
         }
         if (what == IS_EXCHANGE || what == IS_RING || what == IS_WAKE)
             strayed = "the model does not do it";
-        extra[label.class]++;
+        if (label.class != NUMBER || label.a != token->party) /* whether it is gone itself: no matter */
+            extra[label.class]++;
         if (trace)
             printf("  in addition, before step %u:\n", token_at);
         if (what == IS_LOAD && early_count[token->party] < 16)

@@ -440,6 +440,86 @@ static void serve_as(struct party *party)
     end_serving(party);
 }
 
+/* Whether a call has neither a reply nor lost its server. */
+static int waits_for_server(const struct ivshmem_writer *caller, uint64_t position)
+{
+    uint64_t claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, caller->slot, position));
+    unsigned state = ivshmem_flags(claim);
+    return state == IVSHMEM_CLAIM_OPEN ||
+           (state == IVSHMEM_CLAIM_TAKEN &&
+            !ivshmem_is_gone(&channel.area, ivshmem_claimer(&channel, claim)));
+}
+
+/* Call, and be told if the server is gone. */
+static void call_mortal(struct party *party)
+{
+    struct ivshmem_writer *caller = &party->peer->writer;
+    for (unsigned i = 0; i < total; i++) {
+        uint64_t position = begin_call(party, i);
+        uint32_t length = 0;
+        unsigned status = 0;
+        int code;
+        while ((code = ivshmem_call_look(caller, position, &length, &status)) == IVSHMEM_AGAIN) {
+            ivshmem_queue_writer_sleep(caller);
+            if (waits_for_server(caller, position))
+                wait_for_ring();
+            ivshmem_sleep_end(caller->channel, &caller->sleep);
+        }
+        if (code == 0)
+            is_answered(party, i, position, length, status);
+        else
+            told[party - parties][i]++;
+        CHECK(code == 0 || (code == IVSHMEM_CLOSED && may_be_lost), code);
+        for (unsigned j = 1; j < party_count; j++) /* in place of the beat */
+            ring(NULL, j, 0);
+    }
+    end_calling(party);
+}
+
+/* Whether the last call is over. */
+static int is_done_as(void)
+{
+    uint64_t head = ivshmem_value(ivshmem_head(&channel, 0));
+    uint64_t claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, 0, total - 1));
+    return head == total && ivshmem_flags(claim) == IVSHMEM_CLAIM_NONE;
+}
+
+static void serve_until_done(struct party *party)
+{
+    struct ivshmem_reader *server = &party->peer->reader;
+    while (!is_done_as()) {
+        if (serve(party) == 0)
+            continue;
+        if (ivshmem_queue_sleep(server) == IVSHMEM_AGAIN && !is_done_as())
+            wait_for_ring();
+        ivshmem_queue_awake(server);
+    }
+    end_serving(party);
+}
+
+/* Serve until there were so many calls, or the caller is gone; then free its slot. */
+static void serve_mortal(struct party *party)
+{
+    struct ivshmem_reader *server = &party->peer->reader;
+    const struct ivshmem_place caller = parties[0].peer->member.place;
+    int is_gone = 0;
+    while (party->got < share) {
+        is_gone = ivshmem_is_gone(&channel.area, caller);
+        if (serve(party) == 0)
+            continue;
+        if (is_gone)
+            break;
+        if (ivshmem_queue_sleep(server) == IVSHMEM_AGAIN && !ivshmem_is_gone(&channel.area, caller))
+            wait_for_ring();
+        ivshmem_queue_awake(server);
+    }
+    if (is_gone) {
+        ivshmem_writer_reap(&party->peer->member, &channel, 0);
+        CHECK(ivshmem_flags(ivshmem_writer_owner(&channel, 0)) == IVSHMEM_SLOT_FREE, 0);
+    }
+    end_serving(party);
+}
+
 static void as_call(void)
 {
     begin(1, 1, 2);
@@ -460,6 +540,31 @@ static void as_two_servers(void)
     add_server("s1", serve_as);
 }
 
+static void as_a_server_dies(void)
+{
+    begin(1, 2, 1);
+    may_be_lost = 1;
+    passes_on = 1;
+    add_caller("c0", call_mortal);
+    add_server("s0", serve_until_done);
+    add_server("s1", serve_until_done);
+}
+
+static void as_a_server_comes_back(void)
+{
+    as_a_server_dies();
+    may_be_lost = 0;
+}
+
+static void as_a_caller_dies(void)
+{
+    begin(1, 1, 2);
+    share = 2;
+    passes_on = 1;
+    add_caller("c0", call_as);
+    add_server("s0", serve_mortal);
+}
+
 static void reset(void)
 {
     finished = 0;
@@ -475,7 +580,8 @@ static void check(void)
     for (unsigned i = 0; i < party_count; i++)
         for (unsigned j = 0; j < total; j++) {
             int calls = parties[i].program == call_all || parties[i].program == call_two ||
-                        parties[i].program == call_later || parties[i].program == call_as;
+                        parties[i].program == call_later || parties[i].program == call_as ||
+                        parties[i].program == call_mortal;
             CHECK(ran[i][j] <= 1, ran[i][j]);
             CHECK(!is_given_up[i][j] || ran[i][j] == 0, j);
             CHECK(answered[i][j] + told[i][j] <= 1, j);
@@ -488,6 +594,15 @@ static void check(void)
     all_is_back();
 }
 
+/* All is free when the place of the dead one is. */
+static void check_mortal(void)
+{
+    for (unsigned i = 0; i < party_count; i++)
+        if (parties[i].is_dead)
+            befalls(&parties[i], IS_GONE);
+    check();
+}
+
 int main(int argc, char **argv)
 {
     static const struct script scripts[] = {
@@ -498,6 +613,9 @@ int main(int argc, char **argv)
         {"given-up", given_up, check},
         {"as-call", as_call, check},
         {"as-two-servers", as_two_servers, check},
+        {"as-a-server-dies", as_a_server_dies, check_mortal},
+        {"as-a-server-comes-back", as_a_server_comes_back, check},
+        {"as-a-caller-dies", as_a_caller_dies, check_mortal},
         {"a-server-dies", a_server_dies, check},
         {"the-next-server", the_next_server, check},
         {"a-caller-dies", a_caller_dies, check},

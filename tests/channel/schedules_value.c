@@ -285,15 +285,81 @@ static void read_until_last(struct party *party)
     end_reading(party);
 }
 
+/* Get each change until the last one, or until the writer is gone; then free its slot. */
+static void read_until_gone(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    struct ivshmem_source *source = &reader->sources[0];
+    const struct ivshmem_place writer = parties[0].peer->member.place;
+    int is_gone;
+    while (1) {
+        is_gone = ivshmem_is_gone(&channel.area, writer);
+        CHECK(get(party), 0);
+        if (is_gone || source->next == last)
+            break;
+        ivshmem_sleep_begin(reader->channel, &reader->sleep);
+        if (ivshmem_value(ivshmem_head(reader->channel, 0)) == source->next &&
+            !ivshmem_is_gone(&channel.area, writer))
+            wait_for_ring();
+        ivshmem_sleep_end(reader->channel, &reader->sleep);
+    }
+    if (is_gone) {
+        ivshmem_writer_reap(&party->peer->member, &channel, 0);
+        CHECK(ivshmem_flags(ivshmem_writer_owner(&channel, 0)) == IVSHMEM_SLOT_FREE, 0);
+    }
+    end_reading(party);
+}
+
+static void get_twice(struct party *party)
+{
+    CHECK(get(party), 0);
+    CHECK(get(party), 0);
+    end_reading(party);
+}
+
+/* Take the slot if its owner is gone by now. */
+static void inherit_if_gone(struct party *party)
+{
+    int code = open_writer(party->peer);
+    if (code == IVSHMEM_TAKEN) {
+        ivshmem_leave_area(&party->peer->member);
+        return;
+    }
+    must(code);
+    CHECK(parties[0].is_dead || parties[0].verb == IS_OVER, 0); /* one that is silent keeps it */
+    write_all(party);
+}
+
+/* So often that each slot has the cell that it has in the model. */
+static void add_writer_that_has_set_it(void)
+{
+    struct party *writer = add_writer("w0", write_all);
+    for (int i = 0; i < 6; i++)
+        set_value(&writer->peer->writer);
+}
+
 static void as_latest(void)
 {
-    struct party *writer;
     begin(1, 2);
     last = 8;
-    writer = add_writer("w0", write_all);
-    for (int i = 0; i < 6; i++) /* so that each slot has the cell that it has in the model */
-        set_value(&writer->peer->writer);
+    add_writer_that_has_set_it();
     add_reader("r0", read_until_last);
+}
+
+static void as_the_writer_dies(void)
+{
+    begin(1, 2);
+    last = 8;
+    add_writer_that_has_set_it();
+    add_reader("r0", read_until_gone);
+}
+
+static void as_the_next_owner(void)
+{
+    begin(1, 1);
+    add_writer_that_has_set_it();
+    add_reader("r0", get_twice);
+    add_party("next", inherit_if_gone);
 }
 
 static void reset(void)
@@ -324,12 +390,23 @@ static void check(void)
     all_is_back();
 }
 
+/* What is there is the value, and the slot is free when the place of the dead writer is. */
+static void check_mortal(void)
+{
+    if (parties[0].is_dead)
+        befalls(&parties[0], IS_GONE);
+    check();
+}
+
 int main(int argc, char **argv)
 {
     static const struct script scripts[] = {
         {"latest", latest, check},
         {"two-readers", two_readers, check},
         {"as-latest", as_latest, check},
+        {"as-the-writer-dies", as_the_writer_dies, check_mortal},
+        {"as-the-next-owner", as_the_next_owner, check_mortal},
+        {"as-the-writer-comes-back", as_the_next_owner, check},
         {"the-next-owner", the_next_owner, check},
         {"the-writer-dies", the_writer_dies, check},
         {"the-next-owner-dies", the_next_owner_dies, check},

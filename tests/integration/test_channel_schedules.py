@@ -337,8 +337,15 @@ def test_all_schedules_with_two_preemptions(build: Build, program: str, script: 
 EACH = [
     ("schedules_queue", "as-a-writer-dies"),  # 3698: before and after each step of the writer
     ("schedules_queue", "as-a-reader-comes-back"),  # by chance: another one took it for silent
+    ("schedules_value", "as-latest"),  # 1282
+    ("schedules_value", "as-the-writer-dies"),  # by chance; by night along every edge
+    ("schedules_value", "as-the-next-owner"),  # 4446: of a writer that may have died
+    ("schedules_value", "as-the-writer-comes-back"),  # 309: it keeps its slot
     ("schedules_calls", "as-call"),  # 4722 schedules along every edge, with CPython 3.11
     ("schedules_calls", "as-two-servers"),  # by chance; by night along every edge
+    ("schedules_calls", "as-a-server-dies"),  # by chance: the graph has millions of edges
+    ("schedules_calls", "as-a-server-comes-back"),  # by chance
+    ("schedules_calls", "as-a-caller-dies"),  # by chance; by night along every edge
     ("schedules_bytes", "as-one"),  # 3277
     ("schedules_bytes", "as-one-way"),  # by chance; by night along every edge
     ("schedules_bytes", "as-refused"),  # 1819
@@ -359,11 +366,50 @@ SEEN = {
         "queue_sleep: a reader looks again before it sleeps",
         "sleep_begin: full fence",
     ),
+    ("schedules_value", "as-the-writer-dies"): (
+        "writer_announce: announce",
+        "entry_store: store barrier",
+        "entry_read: the stamp before the entry",
+        "entry_read: the stamp behind the entry",
+        "check: the stamp behind the payload",
+        "wake_readers: full fence",
+        "sleep_begin: full fence",
+    ),
+    ("schedules_value", "as-the-next-owner"): (
+        "value_look: a value stays while its slot changes hands",
+        "writer_adopt_one: a value's entry stays as it is",
+        "writer_adopt: what is kept keeps its cell",
+        "writer_adopt: what is not kept is void",
+        "writer_open: announce",
+        "entry_read: the stamp before the entry",
+    ),
     ("schedules_calls", "as-two-servers"): (
         "entry_store: store barrier",
         "queue_publish: announce",
         "queue_publish: announce 2",
         "queue_claim: claims are exchanged",
+        "wake_readers: full fence",
+        "sleep_begin: full fence",
+    ),
+    ("schedules_calls", "as-a-server-dies"): (
+        "queue_claim: claims are exchanged",
+        "reply: a reply is exchanged",
+        "reply: a reply wakes its caller",
+        "call_look: a server that is gone is told",
+        "queue_sleep: a reader looks again before it sleeps",
+        "wake_readers: full fence",
+        "sleep_begin: full fence",
+    ),
+    ("schedules_calls", "as-a-server-comes-back"): (
+        "queue_may: no second server gets a call",
+        "queue_claim: claims are exchanged",
+        "call_look: a server that is gone is told",
+    ),
+    ("schedules_calls", "as-a-caller-dies"): (
+        "queue_publish: announce",
+        "queue_publish: announce 2",
+        "entry_store: store barrier",
+        "call_end: a call is taken back by exchange",
         "wake_readers: full fence",
         "sleep_begin: full fence",
     ),
@@ -389,7 +435,11 @@ SEEN = {
 }
 BY_NIGHT = [
     ("schedules_queue", "as-a-reader-comes-back", 20000),
+    ("schedules_value", "as-the-writer-dies", 0),
     ("schedules_calls", "as-two-servers", 0),
+    ("schedules_calls", "as-a-server-dies", 10000),
+    ("schedules_calls", "as-a-server-comes-back", 10000),
+    ("schedules_calls", "as-a-caller-dies", 0),
     ("schedules_bytes", "as-one-way", 0),
     ("schedules_bytes", "as-a-caller-dies", 0),
     ("schedules_bytes", "as-used-again", 10000),
@@ -400,7 +450,6 @@ FOLLOWED = [
     ("schedules_messages", "as-two-writers", 1.0),
     pytest.param("schedules_queue", "as-get", 1.0, marks=pytest.mark.nightly),
     ("schedules_queue", "as-fail", 0.6),  # the C looks for what was given back once more
-    ("schedules_value", "as-latest", 1.0),
     ("schedules_messages", "as-discard", 1.0),
     pytest.param("schedules_queue", "as-take", 1.0, marks=pytest.mark.nightly),
     pytest.param("schedules_messages", "as-overwrite", 1.0, marks=pytest.mark.nightly),
@@ -416,22 +465,30 @@ class Followed(NamedTuple):
     said: str
 
     def is_exact(self) -> bool:
-        """Whether each step of the model was done, and none besides was possible."""
+        """Whether each step of the model was done, and none besides was possible.
+
+        Nor may a process ask whether another is gone, or silent, where the model's does not.
+        """
         return (
             self.followed == self.given
             and self.forbidden == self.loose == 0
-            and re.search(r" -[1-9]", self.said) is None
+            and re.search(r" -[1-9]| number -", self.said) is None
         )
 
 
-def follow(program: Program, script: str, given: list[str], *options: str) -> Followed:
-    said = program.output(*options, "follow", script, given="\n".join(given) + "\n")
+def follow(program: Program, script: str, given: list[str]) -> Followed:
+    said = program.output("follow", script, given="\n".join(given) + "\n")
+    followed = told(script, said)
+    assert followed.given == len(given)
+    return followed
+
+
+def told(script: str, said: str) -> Followed:
     counts = r"(\d+) schedules, (\d+) followed, (\d+) forbidden, (\d+) loose;"
     found = re.match(f"{script}: {counts}", said)
     assert found is not None, said
-    count, followed, forbidden, loose = map(int, found.groups())
-    assert count == len(given)
-    return Followed(count, followed, forbidden, loose, said)
+    given, followed, forbidden, loose = map(int, found.groups())
+    return Followed(given, followed, forbidden, loose, said)
 
 
 @pytest.mark.parametrize(("program", "script"), EACH)
@@ -451,8 +508,7 @@ def test_what_follows_shows_each_point_that_is_missing(
 
     def is_seen(point: str) -> bool:
         ended = built.run("-without", str(built.points[point]), "follow", script, given=given)
-        exact = r"(\d+) schedules, \1 followed, 0 forbidden, 0 loose;"
-        return re.search(exact, ended.stdout) is None
+        return ended.returncode != 0 or not told(script, ended.stdout).is_exact()
 
     unseen = [point for point in SEEN[program, script] if not is_seen(point)]
     assert not unseen
@@ -466,7 +522,7 @@ def test_the_c_follows_each_of_many_schedules(
 ) -> None:
     built = build(program, "-O1")
     followed = follow(built, script, schedules.lines(program, script, walks=walks))
-    assert followed.given >= 10000
+    assert followed.given >= 5000
     assert followed.is_exact(), followed.said
 
 

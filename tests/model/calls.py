@@ -24,6 +24,7 @@ from model.operations import (
     LoadBarrier,
     Note,
     Process,
+    Ring,
     Steps,
     Store,
     StoreBarrier,
@@ -58,6 +59,16 @@ class Calls:
     most: int = 0  # with cells: a server ends after so many calls, and no caller says that it has
     counted: int = 1  # see Role
     cells: bool = False  # a request has a cell, and an entry that says which, as in the C header
+
+    @property
+    def asks(self) -> bool:
+        """Whether, with cells, the server asks if its caller is gone, and ends then."""
+        return "c0" in self.mortal
+
+    @property
+    def until_done(self) -> bool:
+        """Whether, with cells, servers end when the last call of the only caller is over."""
+        return not self.most
 
     def case(self, without: Iterable[str] = ()) -> Case:
         words: dict[Hashable, Hashable] = {}
@@ -135,7 +146,10 @@ class Requester(Side):
         for number in range(self.setting.calls):
             outcome = yield from self.call(number)
             outcomes += (outcome,)
-        if not self.setting.one and not self.setting.most:
+            if self.setting.cells and self.setting.until_done:  # in place of the beat
+                for s in range(self.setting.servers):
+                    yield Ring(f"s{s}")
+        if not self.setting.one and not self.setting.cells:
             yield Store(("head", self.c), (self.position, True))
             yield from self.announce(everybody=True)
         return outcomes
@@ -219,13 +233,9 @@ class Server(Side):
         self.closed = [False] * setting.callers
 
     def run(self) -> Process:
-        while self.setting.cells:
-            if not (yield from self.take()):
-                yield from self.sleep("server")
-                continue
-            self.served += 1
-            if self.served == self.setting.most:
-                return
+        if self.setting.cells:
+            yield from self.run_cells()
+            return
         while True:
             found = yield from self.look()
             if found is not None:
@@ -237,6 +247,44 @@ class Server(Side):
                 return
             else:
                 yield from self.sleep("server")
+
+    def run_cells(self) -> Steps:
+        """Serve as the C header does, until there were so many calls, or will be none."""
+        while True:
+            if self.setting.until_done and (yield from self.over()):
+                return
+            gone = False
+            if self.setting.asks:
+                gone = yield from self.gone("c0")
+            if (yield from self.take()):
+                self.served += 1
+                if self.served == self.setting.most:
+                    return
+            elif gone:
+                return
+            else:
+                yield from self.sleep("server")
+
+    def over(self) -> Steps:
+        """Whether the only caller's last call is over."""
+        head, _ = yield Load(("head", 0))
+        yield LoadBarrier()
+        last = self.setting.calls - 1
+        claim = yield Load(("claim", 0, last % self.setting.slots))
+        yield LoadBarrier()
+        return head > last and claim.state == DONE
+
+    def has_more(self) -> Steps:
+        """Whether there is an open request, as the C header looks for one."""
+        for c in range(self.setting.callers):
+            head, _ = yield Load(("head", c))
+            yield LoadBarrier()
+            for i in range(self.setting.slots):
+                claim = yield Load(("claim", c, i))
+                yield LoadBarrier()
+                if claim.state == OPENED and claim.position < head:
+                    return True
+        return False
 
     def take(self) -> Steps:
         """Serve a request, as the C header finds one. Whether there was one."""
@@ -302,11 +350,21 @@ class Server(Side):
 
     def pass_on(self) -> Steps:
         """Wake another server if there is more: callers may have rung this one for several."""
-        more = yield from self.look()
-        if more is not None:
+        if self.setting.cells:
+            more = yield from self.has_more()
+        else:
+            found = yield from self.look()
+            more = found is not None
+        if more:
             yield from self.wake_servers()
 
     def awaits(self) -> Steps:
+        if self.setting.cells:
+            if (yield from self.has_more()):
+                return False
+            if self.setting.asks:
+                return not (yield from self.gone("c0"))
+            return not self.setting.until_done or not (yield from self.over())
         closed = list(self.closed)
         found = yield from self.look()
         news = self.closed != closed

@@ -54,6 +54,7 @@ class Channel:
     tolerant: bool = (
         False  # a removed process that lives may still store payload: do not look at it
     )
+    ordered: bool = False  # with the looks at stamps that the C header has and need not have
 
     @property
     def cells(self) -> int:
@@ -127,27 +128,35 @@ class Writer(Role):
     def open(self) -> Steps:
         """Take the slot if it is free, or closed or gone and read by all. Whether it is ours."""
         w = self.w
+        yield from self.reap()
         owner = yield Load(("writer", w))
         yield LoadBarrier()
-        if owner.state == OPEN and not (yield from self.gone(owner.place)):
+        if owner.state != FREE:
             return False
-        head = yield Load(("head", w))
-        yield LoadBarrier()
-        for r in range(self.channel.readers):
-            if owner.state != FREE and not (yield from self.drained(r, head.value)):
-                return False
         self.epoch = owner.epoch + 1
         own = Owner(self.name, OPEN, self.epoch)
         if (yield CompareExchange(("writer", w), owner, own)) != owner:
             return False
         if self.has("head again after opening"):  # what was published until then stays published
-            head = yield Load(("head", w))
-            yield LoadBarrier()
-        self.position = head.value
+            self.position = yield from self.published()
         yield from self.adopt()
         yield from self.store_barrier("stamps before head")
-        yield Store(("head", w), Word(head.value, self.epoch))
+        yield Store(("head", w), Word(self.position, self.epoch))
         return True
+
+    def reap(self) -> Steps:
+        """Free the slot if its owner closed or is gone, and all have read what it published."""
+        owner = yield Load(("writer", self.w))
+        yield LoadBarrier()
+        if owner.state == FREE or (owner.state == OPEN and not (yield from self.gone(owner.place))):
+            return
+        if (yield from self.drained()):
+            yield CompareExchange(("writer", self.w), owner, owner._replace(state=FREE))
+
+    def published(self) -> Steps:
+        head = yield Load(("head", self.w))
+        yield LoadBarrier()
+        return head.value
 
     def adopt(self) -> Steps:
         """Take over the former owner's messages, with their cells, for readers that come late."""
@@ -173,7 +182,15 @@ class Writer(Role):
         yield Store(("head", self.w), Word(self.position, self.epoch, self.closed))
         yield from self.announce()
 
-    def drained(self, r: int, head: int) -> Steps:
+    def drained(self) -> Steps:
+        """Whether no reader that is at work has something left of the former owner."""
+        self.position = yield from self.published()  # what it knows until it looks again
+        for r in range(self.channel.readers):
+            if not (yield from self.read_by(r, self.position)):
+                return False
+        return True
+
+    def read_by(self, r: int, head: int) -> Steps:
         reader = yield Load(("reader", r))
         tail = yield Load(("tail", r, self.w))
         yield from self.load_barrier("tail before stores")
@@ -255,6 +272,19 @@ class Writer(Role):
         yield from self.restore()
         own = Owner(self.name, OPEN, self.epoch)
         yield CompareExchange(("writer", self.w), own, own._replace(state=CLOSING))
+
+
+def entry_at(w: int, i: int, position: int) -> Steps:
+    """Return the cell of a message, if its stamp says so before and behind that look, or -1."""
+    first = yield Load(("stamp", w, i))
+    yield LoadBarrier()
+    if first.value != position:
+        return -1
+    cell = yield Load(("entry", w, i))
+    yield LoadBarrier()
+    second = yield Load(("stamp", w, i))
+    yield LoadBarrier()
+    return cell if second == first else -1
 
 
 class Read(NamedTuple):
@@ -399,7 +429,12 @@ class Reader(Role):
     def copy(self, w: int, n: int) -> Steps:
         """Read message n of a writer. Return whether it was whole."""
         i = n % self.channel.slots
-        cell = yield Load(("entry", w, i))
+        if self.channel.ordered:
+            cell = yield from entry_at(w, i, n)
+            if cell < 0:
+                return False
+        else:
+            cell = yield Load(("entry", w, i))
         payload: tuple[Any, ...] = ()
         for part in range(self.channel.parts):
             word = yield Load(("cell", w, cell, part))

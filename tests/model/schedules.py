@@ -107,8 +107,19 @@ QUEUE: Mapping[str, Followed] = {
     ),
     "as-fail": _queue("fail", "second", messages=1),
 }
+
+
+def _value(walks: int = 0, **how: Any) -> Followed:
+    """The C's writer has set the value before, so that each slot has the cell that it has here."""
+    setting = value.Setting(start=6, counted=16, ordered=True, **how)
+    return Followed(setting.case, of_messages, walks)
+
+
 VALUE: Mapping[str, Followed] = {
-    "as-latest": Followed(value.Setting(messages=2, start=6, counted=16).case, of_messages)
+    "as-latest": _value(messages=2),
+    "as-the-writer-dies": _value(400, messages=2, mortal=frozenset({"w0"})),
+    "as-the-next-owner": _value(messages=1, gets=2, successor=1, mortal=frozenset({"w0"})),
+    "as-the-writer-comes-back": _value(messages=1, gets=2, successor=1, silent=frozenset({"w0"})),
 }
 
 
@@ -131,6 +142,15 @@ CALLS: Mapping[str, Followed] = {
     "as-call": _calls(Calls(slots=2, calls=2, most=2, counted=16, cells=True)),
     "as-two-servers": _calls(
         Calls(servers=2, slots=2, calls=2, most=1, counted=16, cells=True), 200
+    ),
+    "as-a-server-dies": _calls(
+        Calls(servers=2, slots=2, calls=1, mortal=frozenset({"s0"}), counted=16, cells=True), 300
+    ),
+    "as-a-server-comes-back": _calls(
+        Calls(servers=2, slots=2, calls=1, silent=frozenset({"s0"}), counted=16, cells=True), 300
+    ),
+    "as-a-caller-dies": _calls(
+        Calls(slots=2, calls=2, most=2, mortal=frozenset({"c0"}), counted=16, cells=True), 300
     ),
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.explorer import Case, End
-from model.messages import OVERWRITE, Channel, Reader, Word, Writer
+from model.messages import OVERWRITE, Channel, Reader, Word, Writer, entry_at
 from model.operations import Fault, Load, LoadBarrier, Process, Steps, Store
 
 
@@ -24,26 +24,26 @@ class Setter(Writer):
         return False
         yield
 
-    def drained(self, r: int, head: int) -> Steps:
+    def drained(self) -> Steps:
         return True
         yield
 
     def adopt(self) -> Steps:
         """Keep the last whole value, and take the other entries."""
         slots, kept = self.channel.slots, self.position - 1
-        cell = yield Load(("entry", self.w, kept % slots))
-        yield LoadBarrier()
-        for i in range(slots):
-            p = self.position + (i - self.position) % slots
-            if p - slots != kept and self.has("other stamps are taken"):
-                yield Store(("stamp", self.w, i), Word(p, self.epoch))
         self.cells = [-1] * slots
         self.free = list(
             reversed(range(self.channel.cells))
         )  # the worst order: not the unused first
-        if self.has("the last value's cell is kept"):
-            self.cells[kept % slots] = cell
-            self.free.remove(cell)
+        for i in range(slots):
+            p = self.position + (i - self.position) % slots
+            if p - slots == kept:
+                cell = yield from entry_at(self.w, i, kept)
+                if cell >= 0 and self.has("the last value's cell is kept"):
+                    self.cells[i] = cell
+                    self.free.remove(cell)
+            elif self.has("other stamps are taken"):
+                yield Store(("stamp", self.w, i), Word(p, self.epoch))
 
 
 class Getter(Reader):
@@ -54,17 +54,23 @@ class Getter(Reader):
     """
 
     epoch_counts = False
+    asks = False  # whether the writer is gone
+    gone_before = False
 
-    def run_values(self, last: int, gets: int, tries: int) -> Process:
-        """Get until a position was seen, and sleep between; or so many times."""
+    def run_values(self, last: int, gets: int, tries: int, *, asks: bool = False) -> Process:
+        """Get until a position was seen, or the writer is gone, and sleep between; or so many
+        times."""
+        self.asks = asks
         seen = -1
         for _ in range(gets or 100):
+            if asks:
+                self.gone_before = yield from self.gone("w0")
             n = yield from self.get(tries)
             if n < seen:
                 raise Fault(f"{self.name} got {n} after {seen}")
             seen = n
             self.next[0] = n + 1
-            if seen == last:
+            if seen == last or self.gone_before:
                 return
             if not gets:
                 yield from self.sleep("reader")
@@ -86,7 +92,9 @@ class Getter(Reader):
     def awaits(self) -> Steps:
         head = yield Load(("head", 0))
         yield LoadBarrier()
-        return head.value == self.next[0]
+        if head.value != self.next[0]:
+            return False
+        return not self.asks or not (yield from self.gone("w0"))
 
 
 @dataclass
@@ -98,11 +106,16 @@ class Setting:
     gets: int = 0
     tries: int = 4
     mortal: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
     start: int = 2
     counted: int = 1  # see Role
+    ordered: bool = False  # see Channel
 
     def case(self, without: Iterable[str] = ()) -> Case:
-        channel = Channel(1, 1, self.slots, parts=self.parts, counted=self.counted)
+        channel = Channel(
+            1, 1, self.slots, parts=self.parts, counted=self.counted, ordered=self.ordered
+        )
+        asks = bool(self.mortal) and not self.gets
         last = self.start + self.messages - 1
 
         def heir() -> Process:
@@ -113,13 +126,13 @@ class Setting:
         processes: dict[str, Callable[[], Process]] = {
             "w0": lambda: Setter(channel, "w0", 0, self.start, without).run(self.messages),
             "r0": lambda: Getter(channel, "r0", 0, OVERWRITE, self.start, without).run_values(
-                last, self.gets, self.tries
+                last, self.gets, self.tries, asks=asks
             ),
         }
         if self.successor:
             processes["next"] = heir
         memory = channel.memory({"w0": self.start}, {"r0": OVERWRITE})
-        return Case(processes, memory, self.check, self.mortal)
+        return Case(processes, memory, self.check, self.mortal, self.silent)
 
     def check(self, end: End) -> str | None:
         """Demand that the last value that was published is still there."""
@@ -144,6 +157,7 @@ POINTS = {
 BY_DAY: dict[str, Setting] = {
     "latest": Setting(messages=2),
     "the writer dies": Setting(messages=1, gets=2, successor=1, mortal=_W0),
+    "nobody comes after it": Setting(messages=1, mortal=_W0),
 }
 BY_NIGHT: dict[str, Setting] = {
     "latest, twice around": Setting(messages=4, tries=6),
