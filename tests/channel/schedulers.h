@@ -350,6 +350,8 @@ static int is_extra_of_bytes(struct label label, const char *function)
 static int has_claim[IVSHMEM_MOST_WRITERS][8];
 static int is_silent[PARTIES];
 static int has_place[PARTIES]; /* the model asks whether this party is gone */
+static int has_all_looks; /* the model has the looks of readers that block, and of their writers */
+static int has_word[CLASSES]; /* the schedule has steps with such words */
 static int has_two_parts; /* the model's payload is of two words, as the C's is */
 
 /* Whether a step of the C, or a store, has no counterpart in the model: it is done on the way. */
@@ -370,8 +372,19 @@ static int is_extra(struct label label, const char *function)
     if (the_channel->record.geometry.kind == IVSHMEM_VALUE) {
         if (label.class == WRITER) /* no reader frees the slot: its next owner does, as in the model */
             return 0;
-        if (label.class == JOINS || label.class == WRITER_SLEEPER) /* the writer waits for nobody */
+        if (label.class == WRITER_SLEEPER) /* it waits for nobody */
             return 1;
+        if (label.class == READER_SLEEPER)
+            return !has_word[READER_SLEEPER];
+    }
+    if ((label.class == JOINS || label.class == WRITER || label.class == READER ||
+         label.class == POLICY) && !has_word[label.class])
+        return 1; /* what nobody changes is no step of the model */
+    if (has_all_looks) {
+        if (label.class == STAMP || label.class == READER_SLEEPER || label.class == WRITER_SLEEPER)
+            return 0;
+        if (label.class == WRITER)
+            return strcmp(function, "ivshmem_wake_one") == 0;
     }
     if (label.class == READER_SLEEPER && ivshmem_has_claims(the_channel))
         return 0; /* the model looks first whether any sleeps, too */
@@ -519,7 +532,7 @@ static void sees_silence(const struct party *party, unsigned index)
 static struct party *follow_choose(void)
 {
     /* What the model has not follows at once on what it has. */
-    if (token_at > 0 && running != NULL && running->verb == LOADS && !running->is_dead &&
+    if (running != NULL && running->verb == LOADS && !running->is_dead &&
         is_extra(label_of(running->at), running->function))
         return running;
     while (token_at < token_count && strayed == NULL && !is_forbidden) {
@@ -724,6 +737,7 @@ static int read_token(const char *text)
         i++;
     token->label.class = (enum word_class)i;
     token_count++;
+    has_word[i % CLASSES] = 1;
     if (token->label.class == CLAIM && token->label.b < 8)
         has_claim[token->label.a % IVSHMEM_MOST_WRITERS][token->label.b] = 1;
     if (token->label.class == NUMBER)
@@ -740,6 +754,7 @@ static void follow_all(const struct script *script)
         token_count = token_at = 0;
         has_two_parts = 0;
         memset(has_place, 0, sizeof has_place);
+        memset(has_word, 0, sizeof has_word);
         memset(is_silent, 0, sizeof is_silent);
         memset(has_claim, 0, sizeof has_claim);
         memset(early_count, 0, sizeof early_count);

@@ -666,6 +666,40 @@ static void as_block(void)
 {
     block();
     totals[0] = 3;
+    has_all_looks = 1;
+}
+
+/* Get all messages, or those that there are when the writer is gone; then its slot is free. */
+static void read_until_gone(struct party *party)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    const struct ivshmem_place writer = parties[0].peer->member.place;
+    int is_gone = 0;
+    while (party->got < totals[0]) {
+        is_gone = ivshmem_is_gone(&channel.area, writer);
+        if (read_copy(party) == 0)
+            continue;
+        if (is_gone)
+            break;
+        if (ivshmem_reader_sleep(reader) == IVSHMEM_AGAIN) {
+            if (!ivshmem_is_gone(&channel.area, writer))
+                wait_for_ring();
+            ivshmem_sleep_end(reader->channel, &reader->sleep);
+        }
+    }
+    if (is_gone) {
+        ivshmem_reader_settle(reader);
+        CHECK(ivshmem_flags(ivshmem_writer_owner(&channel, 0)) == IVSHMEM_SLOT_FREE, 0);
+    }
+    end_reading(party);
+}
+
+static void as_a_writer_dies(void)
+{
+    begin(1, 1, IVSHMEM_BLOCK, 3);
+    has_all_looks = 1;
+    add_writer("w0", write_loans);
+    add_reader("r0", read_until_gone, IVSHMEM_BLOCK);
 }
 
 static void as_overwrite(void)
@@ -706,6 +740,7 @@ static void as_join(void)
 static void as_two_writers(void)
 {
     begin(2, 1, IVSHMEM_BLOCK, 1);
+    has_all_looks = 1;
     add_writer("w0", write_loans);
     add_writer("w1", write_loans);
     add_reader("r0", read_copies, IVSHMEM_BLOCK);
@@ -738,6 +773,17 @@ static void check(void)
     all_is_back();
 }
 
+/* A living reader has all that was published, and all is free when the place of the dead one is. */
+static void check_mortal(void)
+{
+    if (!parties[1].is_dead)
+        CHECK(parties[1].got == ivshmem_value(ivshmem_head(&channel, 0)), parties[1].got);
+    for (unsigned i = 0; i < party_count; i++)
+        if (parties[i].is_dead)
+            befalls(&parties[i], IS_GONE);
+    check();
+}
+
 int main(int argc, char **argv)
 {
     static const struct script scripts[] = {
@@ -754,6 +800,8 @@ int main(int argc, char **argv)
         {"a-removed-reader-beats", a_removed_reader_beats, check},
         {"history", history, check},
         {"as-block", as_block, check},
+        {"as-a-writer-dies", as_a_writer_dies, check_mortal},
+        {"as-a-reader-dies", as_block, check_mortal},
         {"as-overwrite", as_overwrite, check},
         {"as-discard", as_discard, check},
         {"as-join", as_join, check},

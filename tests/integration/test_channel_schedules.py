@@ -330,14 +330,18 @@ def test_all_schedules_with_two_preemptions(build: Build, program: str, script: 
     build(program, "-O1").output("bounded", script, "2", "held")
 
 
-# Here a step of the model is a step of the C, and the C follows each schedule to its end. Messages
-# are not among these, and so follow the model through no death: the C's writer looks at joins, and
-# at a reader's owner and policy, before the tail, and the model's does not. A death between two of
-# those looks has no counterpart in the model.
+# Here a step of the model is a step of the C, and the C follows each schedule to its end.
 EACH = [
+    ("schedules_messages", "as-block"),  # by chance; by night along every edge
+    ("schedules_messages", "as-two-writers"),  # 3549
+    ("schedules_messages", "as-discard"),  # 1895
+    ("schedules_messages", "as-a-writer-dies"),  # by chance; by night along every edge
+    ("schedules_messages", "as-a-reader-dies"),  # by chance; by night along every edge
+    ("schedules_queue", "as-get"),  # by chance; by night along every edge
+    ("schedules_queue", "as-take"),  # by chance; by night along every edge
     ("schedules_queue", "as-a-writer-dies"),  # 3698: before and after each step of the writer
     ("schedules_queue", "as-a-reader-comes-back"),  # by chance: another one took it for silent
-    ("schedules_value", "as-latest"),  # 1282
+    ("schedules_value", "as-latest"),  # 1521
     ("schedules_value", "as-the-writer-dies"),  # by chance; by night along every edge
     ("schedules_value", "as-the-next-owner"),  # 4446: of a writer that may have died
     ("schedules_value", "as-the-writer-comes-back"),  # 309: it keeps its slot
@@ -354,6 +358,37 @@ EACH = [
 ]
 # Points without which these schedules show a fault, or that the C could do more than the model.
 SEEN = {
+    ("schedules_messages", "as-block"): (
+        "reader_tail: a tail wakes writers",
+        "reader_sleep: a reader looks again before it sleeps",
+        "writer_announce: announce",
+        "writer_sleep: a writer looks again before it sleeps",
+        "entry_store: store barrier",
+        "wake_readers: full fence",
+        "wake_writers: full fence",
+        "sleep_say: announce",
+        "sleep_begin: full fence",
+    ),
+    ("schedules_messages", "as-discard"): (
+        "reader_tail: announce",
+        "backlogs_add: announce",
+        "entry_store: store barrier",
+        "wake_readers: full fence",
+        "sleep_begin: full fence",
+    ),
+    ("schedules_messages", "as-a-writer-dies"): (
+        "reader_sleep: a reader looks again before it sleeps",
+        "writer_announce: announce",
+        "wake_readers: full fence",
+        "wake_writers: full fence",
+    ),
+    ("schedules_messages", "as-a-reader-dies"): (
+        "reader_tail: a tail wakes writers",
+        "writer_announce: announce",
+        "writer_sleep: a writer looks again before it sleeps",
+        "entry_store: store barrier",
+        "sleep_begin: full fence",
+    ),
     ("schedules_queue", "as-a-writer-dies"): (
         "queue_publish: announce",
         "queue_publish: announce 2",
@@ -434,6 +469,11 @@ SEEN = {
     ),
 }
 BY_NIGHT = [
+    ("schedules_messages", "as-block", 0),
+    ("schedules_messages", "as-a-writer-dies", 0),
+    ("schedules_messages", "as-a-reader-dies", 0),
+    ("schedules_queue", "as-get", 0),
+    ("schedules_queue", "as-take", 0),
     ("schedules_queue", "as-a-reader-comes-back", 20000),
     ("schedules_value", "as-the-writer-dies", 0),
     ("schedules_calls", "as-two-servers", 0),
@@ -444,16 +484,15 @@ BY_NIGHT = [
     ("schedules_bytes", "as-a-caller-dies", 0),
     ("schedules_bytes", "as-used-again", 10000),
 ]
-# What the C follows to the end, at least, of those schedules that its barriers permit.
+# Here the C has looks that the model has not, or has them in another order. What it follows to the
+# end, at least, of those schedules that its barriers permit; and what may be loose, at most.
 FOLLOWED = [
-    ("schedules_messages", "as-block", 1.0),
-    ("schedules_messages", "as-two-writers", 1.0),
-    pytest.param("schedules_queue", "as-get", 1.0, marks=pytest.mark.nightly),
-    ("schedules_queue", "as-fail", 0.6),  # the C looks for what was given back once more
-    ("schedules_messages", "as-discard", 1.0),
-    pytest.param("schedules_queue", "as-take", 1.0, marks=pytest.mark.nightly),
-    pytest.param("schedules_messages", "as-overwrite", 1.0, marks=pytest.mark.nightly),
-    pytest.param("schedules_messages", "as-join", 0.9, marks=pytest.mark.nightly),
+    ("schedules_queue", "as-fail", 1.0, 0.0),  # the C looks for what was given back once more
+    # The C loses several messages at once, and looks at the head less often.
+    pytest.param("schedules_messages", "as-overwrite", 1.0, 0.0, marks=pytest.mark.nightly),
+    # A reader joins in another order. With its payload in the buffer, the C's writer looks at that
+    # reader first, and the model's waits at its fence already.
+    pytest.param("schedules_messages", "as-join", 0.9, 0.05, marks=pytest.mark.nightly),
 ]
 
 
@@ -522,16 +561,19 @@ def test_the_c_follows_each_of_many_schedules(
 ) -> None:
     built = build(program, "-O1")
     followed = follow(built, script, schedules.lines(program, script, walks=walks))
-    assert followed.given >= 5000
+    assert followed.given >= 3000
     assert followed.is_exact(), followed.said
 
 
-@pytest.mark.parametrize(("program", "script", "share"), FOLLOWED)
-def test_the_c_follows_the_model(build: Build, program: str, script: str, share: float) -> None:
+@pytest.mark.parametrize(("program", "script", "share", "loose"), FOLLOWED)
+def test_the_c_follows_the_model(
+    build: Build, program: str, script: str, share: float, loose: float
+) -> None:
     """Schedules that go along every edge of the model's state graph."""
     followed = follow(build(program), script, schedules.lines(program, script))
     assert followed.followed >= 0.25 * followed.given, followed.said
     assert followed.followed >= share * (followed.given - followed.forbidden), followed.said
+    assert followed.loose <= loose * followed.given, followed.said
 
 
 @pytest.mark.parametrize("program", [*NEEDED])

@@ -29,7 +29,7 @@ from model.operations import (
     Store,
     StoreBarrier,
 )
-from model.role import Role, awake, sleeper
+from model.role import Role, awake
 
 DONE: Final = "done"
 OPENED: Final = "open"
@@ -118,14 +118,8 @@ class Side(Role):
         self.setting = setting
 
     def wake_servers(self, *, everybody: bool = False) -> Steps:
-        if self.setting.cells:  # the C looks first whether anybody sleeps
-            sleepers = 0
-            for s in range(self.setting.servers):
-                state, _ = yield Load(sleeper(f"s{s}"))
-                yield LoadBarrier()
-                sleepers += state == "sleeps"
-            if not sleepers:
-                return
+        if self.setting.cells and not (yield from self.some_sleep("s", self.setting.servers)):
+            return
         for s in range(self.setting.servers):
             if f"s{s}" == self.name and not self.setting.cells:
                 continue

@@ -133,13 +133,16 @@ class Backlogged(Role):
         super().__init__("r0", without, setting.counted)
         self.setting = setting
         self.next = 0
+        self.known = 0  # the head, as it was seen last
 
     def run(self) -> Process:
+        closed = False
         while not self.setting.most or self.next != self.setting.most:
             gone = yield from self.gone("w0")
-            head, closed = yield Load("head")
-            yield from self.load_barrier("head before entry")
-            if self.next != head:
+            if self.known == self.next or not self.setting.stacked:
+                self.known, closed = yield Load("head")
+                yield from self.load_barrier("head before entry")
+            if self.next != self.known:
                 yield from self.read()
             elif closed or gone:
                 return

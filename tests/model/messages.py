@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from model.explorer import GONE, SILENT, looks
 from model.operations import (
     CompareExchange,
     Fault,
@@ -24,6 +25,7 @@ from model.operations import (
     Process,
     Steps,
     Store,
+    StoreBarrier,
 )
 from model.role import CLOSING, FREE, OPEN, Role, awake
 
@@ -54,7 +56,7 @@ class Channel:
     tolerant: bool = (
         False  # a removed process that lives may still store payload: do not look at it
     )
-    ordered: bool = False  # with the looks at stamps that the C header has and need not have
+    ordered: bool = False  # in the C header's order, with looks that it has and need not have
 
     @property
     def cells(self) -> int:
@@ -113,6 +115,8 @@ class Writer(Role):
         self.free = list(range(channel.slots, channel.cells))
         self.closed = False
         self.joins = -1
+        self.bound = start  # ordered: up to which readers are known to have room
+        self.blocks: dict[int, int] = {}  # the epoch of each reader that blocks
         self.known: dict[int, Known] = {}
 
     def run(self, messages: int, *, opens: bool = False, closes: bool = False) -> Process:
@@ -219,6 +223,11 @@ class Writer(Role):
     def announce(self) -> Steps:
         """Make the head visible, and wake who sleeps: also readers that have just joined."""
         yield from self.full_fence("announce fence")
+        if self.channel.ordered:
+            if (yield from self.some_sleep("r", self.channel.readers)):
+                for r in range(self.channel.readers):
+                    yield from self.wake(f"r{r}")
+            return
         for r in range(self.channel.readers):
             owner = yield Load(("reader", r))
             yield LoadBarrier()
@@ -227,6 +236,8 @@ class Writer(Role):
 
     def full(self) -> Steps:
         """Whether a reader that is waited for has not read what the next message overwrites."""
+        if self.channel.ordered:
+            return (yield from self.look())
         joins = yield Load("joins")
         yield from self.load_barrier("joins before rows")
         if joins != self.joins:
@@ -239,6 +250,41 @@ class Writer(Role):
         return False
 
     awaits = full
+
+    def look(self) -> Steps:
+        """The same, as the C header looks: at all readers, when it knows of no room any more."""
+        if self.position != self.bound:
+            joins = yield Load("joins")
+            yield LoadBarrier()
+            if joins == self.joins:
+                return False
+        self.joins = yield Load("joins")
+        yield LoadBarrier()
+        slots = self.channel.slots
+        self.bound = self.position + 99
+        for r in range(self.channel.readers):
+            owner = yield Load(("reader", r))
+            yield LoadBarrier()
+            if owner.state == FREE:
+                continue
+            how = yield Load(looks(owner.place))
+            yield LoadBarrier()
+            if how == GONE:
+                continue
+            policy, epoch = yield Load(("policy", r))
+            yield LoadBarrier()
+            if epoch == owner.epoch:
+                self.blocks[r] = epoch if policy == BLOCK else 0
+            if self.blocks.get(r) != owner.epoch:
+                continue
+            tail = yield Load(("tail", r, self.w))
+            yield LoadBarrier()
+            room = slots - (self.position - tail.value) if tail.epoch == owner.epoch else 0
+            if room <= 0 and how != SILENT:
+                self.bound = self.position
+                return True
+            self.bound = min(self.bound, self.position + max(room, 1))
+        return False
 
     def meet(self, r: int) -> Steps:
         """Learn whose row it is; of a new reader hold what it may still find."""
@@ -321,6 +367,9 @@ class Reader(Role):
         self.lost = 0
         self.missing = 0  # of the history
         self.got = 0
+        self.heads = [start] * channel.writers  # ordered: as it was seen last
+        self.turn = 0
+        self.asks = False
 
     def run(
         self, last: int = -1, *, joins: bool = False, history: int = 0, most: int = -1
@@ -345,6 +394,60 @@ class Reader(Role):
         if last < 0:
             yield from self.leave()
         return Read(self.lost, self.missing, tuple(self.next))
+
+    def run_ordered(self, last: int, *, asks: bool) -> Process:
+        """Read as the C header does, until a position is reached with each writer.
+
+        `asks`: or until the only writer is gone.
+        """
+        self.asks = asks
+        gone = False
+        while self.next != [last] * self.channel.writers:
+            if asks:
+                gone = yield from self.gone("w0")
+            if (yield from self.take_next()):
+                continue
+            if gone:
+                break
+            yield from self.settle()
+            yield from self.sleep("reader")
+        return Read(self.lost, self.missing, tuple(self.next))
+
+    def take_next(self) -> Steps:
+        """Take a message of any writer, in turn. The head is loaded when all that is known is read.
+
+        It is for readers that block: they lose nothing.
+        """
+        for _ in range(self.channel.writers):
+            w = self.turn
+            self.turn = (w + 1) % self.channel.writers
+            n = self.next[w]
+            if self.heads[w] == n:
+                head = yield Load(("head", w))
+                yield LoadBarrier()
+                if head.value == n:
+                    continue
+                yield Load(("writer", w))  # whose head it is
+                yield LoadBarrier()
+                self.heads[w] = head.value
+            if not (yield from self.copy(w, n)):
+                raise Fault(f"message {n} of writer {w} was overwritten")
+            self.next[w] = n + 1
+            yield from self.read_until(w)
+            return True
+        return False
+
+    def settle(self) -> Steps:
+        """Free the slots of writers that are gone, if everything was read."""
+        for w in range(self.channel.writers):
+            owner = yield Load(("writer", w))
+            yield LoadBarrier()
+            if owner.state == FREE or not (yield from self.gone(owner.place)):
+                continue
+            head = yield Load(("head", w))
+            yield LoadBarrier()
+            if head.value == self.next[w]:
+                yield CompareExchange(("writer", w), owner, owner._replace(state=FREE))
 
     def join(self, history: int) -> Steps:
         r = self.r
@@ -462,13 +565,27 @@ class Reader(Role):
 
     def read_until(self, w: int) -> Steps:
         """Say how far this reader has read, and wake the writer if it waits for that."""
+        if self.channel.ordered:
+            yield StoreBarrier()
         yield Store(("tail", self.r, w), Word(self.next[w], self.epoch))
         if self.policy == BLOCK:
             yield from self.full_fence("tail fence")
+            if self.channel.ordered:
+                if (yield from self.some_sleep("w", self.channel.writers)):
+                    for i in range(self.channel.writers):
+                        yield from self.wake(f"w{i}")
+                return
             owner = yield Load(("writer", w))
             yield from self.wake(owner.place)
 
     def awaits(self) -> Steps:
+        if self.channel.ordered:
+            for w in range(self.channel.writers):
+                head = yield Load(("head", w))
+                yield LoadBarrier()
+                if head.value != self.next[w]:
+                    return False
+            return not self.asks or not (yield from self.gone("w0"))
         for w in range(self.channel.writers):
             if not self.closed[w]:
                 head = yield Load(("head", w))

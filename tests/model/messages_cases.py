@@ -59,6 +59,8 @@ class Setting:
         def reader(r: int) -> Process:
             name = f"r{r}"
             role = Reader(channel, name, r, self.policies[r], self.start, without)
+            if channel.ordered:
+                return (yield from role.run_ordered(end, asks="w0" in self.mortal))
             last = -1 if ends else end
             read = yield from role.run(
                 last,
@@ -143,6 +145,7 @@ class Setting:
 
 ROLES = (messages,)
 _ONE = Channel(1, 1, 2, parts=1)
+_ORDERED = Channel(1, 1, 2, parts=1, counted=16, ordered=True)
 _R0, _W0 = frozenset({"r0"}), frozenset({"w0"})
 BY_DAY: dict[str, Setting] = {
     "block": Setting(Channel(1, 1, 2), 5),
@@ -157,6 +160,7 @@ BY_DAY: dict[str, Setting] = {
     "the next owner": Setting(_ONE, 2, closes=True, successor=2),
     "history of a former owner": Setting(_ONE, 1, closes=True, successor=1, history=1, joins=_R0),
     "two writers": Setting(Channel(2, 1, 2, parts=1), 1),
+    "in the header's order": Setting(_ORDERED, 3, mortal=_R0 | _W0),
 }
 BY_NIGHT: dict[str, Setting] = {
     "the next owner of a dead one": Setting(_ONE, 2, closes=True, mortal=_W0, successor=2),

@@ -30,7 +30,7 @@ from model.operations import (
     StoreBarrier,
     Wait,
 )
-from model.role import Role, awake, sleeper
+from model.role import Role, awake
 
 DONE: Final = "done"
 OPENED: Final = "open"
@@ -143,18 +143,7 @@ class Queue:
         return None
 
 
-class Side(Role):
-    def some_sleep(self, readers: int) -> Steps:
-        """Whether some reader sleeps: the C looks at all before it rings one."""
-        sleepers = 0
-        for r in range(readers):
-            state, _ = yield Load(sleeper(f"r{r}"))
-            yield LoadBarrier()
-            sleepers += state == "sleeps"
-        return sleepers > 0
-
-
-class Producer(Side):
+class Producer(Role):
     def __init__(self, queue: Queue, w: int, without: Iterable[str] = ()) -> None:
         super().__init__(f"w{w}", without, queue.counted)
         self.queue = queue
@@ -206,14 +195,14 @@ class Producer(Side):
     def announce(self, *, everybody: bool = False) -> Steps:
         """Wake one reader that sleeps, of those that this writer has not rung yet."""
         yield from self.full_fence("announce fence")
-        if self.queue.ordered and not (yield from self.some_sleep(self.queue.readers)):
+        if self.queue.ordered and not (yield from self.some_sleep("r", self.queue.readers)):
             return
         for r in range(self.queue.readers):
             if (yield from self.wakes_living(f"r{r}")) and not everybody:
                 return
 
 
-class Consumer(Side):
+class Consumer(Role):
     def __init__(self, queue: Queue, r: int, without: Iterable[str] = ()) -> None:
         super().__init__(f"r{r}", without, queue.counted)
         self.queue = queue
@@ -370,7 +359,7 @@ class Consumer(Side):
                     return
 
     def wake_another(self) -> Steps:
-        if self.queue.ordered and not (yield from self.some_sleep(self.queue.readers)):
+        if self.queue.ordered and not (yield from self.some_sleep("r", self.queue.readers)):
             return
         for r in range(self.queue.readers):
             other = f"r{r}" != self.name or self.queue.ordered

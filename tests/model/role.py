@@ -34,7 +34,8 @@ class Role:
     """One process.
 
     `without`: the names of the points that a mutation removes. `counted`: sleeps are counted modulo
-    this, and each is rung once; 1 has fewer states: it rings whenever it sees a sleeper.
+    this, and each is rung once, and store barriers stand before what is said of them, as in the C
+    header; 1 has fewer states: it rings whenever it sees a sleeper.
     """
 
     def __init__(self, name: str, without: Iterable[str] = (), counted: int = 1) -> None:
@@ -67,6 +68,8 @@ class Role:
     def sleep(self, kind: str) -> Steps:
         """Wait for a ring, unless something has come. `kind` names the mutation points."""
         self.sleeps = (self.sleeps + 1) % self.counted
+        if self.counted > 1:
+            yield StoreBarrier()
         yield self.says("sleeps")
         yield from self.full_fence(f"{kind} sleep fence")
         nothing = True
@@ -75,11 +78,22 @@ class Role:
         yield LoadBarrier()
         if nothing:
             yield Wait()
+        if self.counted > 1:
+            yield StoreBarrier()
         yield self.says("awake")
 
     def says(self, state: str) -> Store:
         """Return the store that says whether this process sleeps."""
         return Store(sleeper(self.name), (state, self.sleeps))
+
+    def some_sleep(self, kind: str, count: int) -> Steps:
+        """Whether some process of a kind sleeps: the C looks at all before it rings one."""
+        sleepers = 0
+        for i in range(count):
+            state, _ = yield Load(sleeper(f"{kind}{i}"))
+            yield LoadBarrier()
+            sleepers += state == "sleeps"
+        return sleepers > 0
 
     def wake(self, name: str) -> Steps:
         """Ring a process if it sleeps. A full fence stands between what it waits for and this."""

@@ -62,10 +62,17 @@ def of_discard(address: Any) -> Word:
     return of_messages(("cell", 0, *rest) if kind == "cell" else address)
 
 
+def _blocks(writers: int, messages: int, walks: int = 0, **how: Any) -> Followed:
+    channel = Channel(writers, 1, 2, parts=1, counted=16, ordered=True)
+    return Followed(Setting(channel, messages, **how).case, of_messages, walks)
+
+
 _NEXT = Channel(1, 1, 2, parts=1, counted=16)
 MESSAGES: Mapping[str, Followed] = {
-    "as-block": Followed(Setting(_NEXT, 3).case, of_messages),
-    "as-two-writers": Followed(Setting(Channel(2, 1, 2, parts=1, counted=16), 1).case, of_messages),
+    "as-block": _blocks(1, 3, 300),
+    "as-two-writers": _blocks(2, 1),
+    "as-a-writer-dies": _blocks(1, 3, 300, mortal=frozenset({"w0"})),
+    "as-a-reader-dies": _blocks(1, 3, 300, mortal=frozenset({"r0"})),
     "as-overwrite": Followed(
         Setting(Channel(1, 1, 2, counted=16), 3, (OVERWRITE,)).case, of_messages
     ),
@@ -99,8 +106,8 @@ def _queue(
 
 
 QUEUE: Mapping[str, Followed] = {
-    "as-get": _queue("get", messages=3, most=(3,)),
-    "as-take": _queue("take", messages=3, most=(3,)),
+    "as-get": _queue("get", messages=3, most=(3,), walks=300),
+    "as-take": _queue("take", messages=3, most=(3,), walks=300),
     "as-a-writer-dies": _queue("get", messages=2, most=(2,), mortal=frozenset({"w0"})),
     "as-a-reader-comes-back": _queue(
         "heir", "heir", messages=1, walks=300, silent=frozenset({"r0"})
